@@ -1,0 +1,59 @@
+"""Where ONNX Runtime's CPU provider computes in integers, and which formats it takes (measured with 1.31 on AVX512-VNNI).
+
+Reasons for what is left out: integer convolution with run-time ranges (ConvInteger) takes 4 to 5.5 times the float kernel's time;
+16-bit activations are not fused at all; int4 weights have kernels for matrix products and embeddings only.
+"""
+
+from __future__ import annotations
+
+from qgraph.backend import ALL, Placement
+from qgraph.types import PerGroup, PerToken, QSpec
+from qgraph.views import Concat, Conv, DataMovement, Elementwise, Embedding, Linear, Pool
+
+BLOCKS = (16, 32, 64, 128, 256)
+"""Group sizes of MatMulNBits."""
+
+
+def _accepts(interface: type, role: str, spec: QSpec) -> str | None:
+    return _accepts_weight(interface, spec) if role == "weight" else _accepts_x(spec)
+
+
+def _accepts_weight(interface: type, spec: QSpec) -> str | None:
+    if isinstance(spec.granularity, PerGroup):
+        if interface is Linear and (spec.bits not in (2, 4, 8) or spec.group not in BLOCKS):
+            return f"MatMulNBits takes 2, 4 or 8 bits in groups of {', '.join(map(str, BLOCKS))}, not {spec}"
+        return None
+    if not spec.signed or not spec.symmetric:
+        return f"integer kernels are fast with signed symmetric weights, not with {spec}; groups may be asymmetric"
+    if spec.bits > 8:
+        return f"weights have at most 8 bits, not {spec.bits}"
+    return None
+
+
+def _accepts_x(spec: QSpec) -> str | None:
+    if isinstance(spec.granularity, PerGroup):
+        ok = spec.symmetric and spec.signed and spec.bits == 8
+        return None if ok else f"rows are quantized per weight block to int8, symmetric, not to {spec}"
+    if isinstance(spec.granularity, PerToken):
+        return f"there is no kernel for rows with a scale each ({spec}); use per tensor"
+    if spec.bits != 8:
+        return f"activations have 8 bits in integer kernels, not {spec.bits}"
+    if spec.signed:
+        return f"kernels are fast with uint8 activations, not with {spec}; set activations.unsigned"
+    return "run-time ranges are asymmetric (DynamicQuantizeLinear)" if spec.dynamic and spec.symmetric else None
+
+
+PLACEMENT = Placement(
+    compute=(Linear, Conv),
+    dynamic=(Linear,),
+    weight_only=(Linear, Conv, Embedding),
+    always_output=(Conv,),  # a quantized convolution without a quantized output stays a float one
+    follow={
+        Elementwise: frozenset({"add", "mul"}),
+        Concat: ALL,
+        Pool: frozenset({"average", "global_average"}),
+    },
+    share={Pool: frozenset({"max"}), DataMovement: ALL},
+    absorb=frozenset({"relu", "clip"}),
+    accepts=_accepts,
+)

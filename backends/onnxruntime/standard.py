@@ -1,0 +1,156 @@
+"""qg op -> standard ONNX operators: the table LOWER, for whatever no integer kernel has claimed.
+
+    LOWER[torch.ops.qgraph.quantize.default] = function(node, rw) -> what replaces the node
+
+An op of your own gets a line in the table: `LOWER[torch.ops.mine.op.default] = ...` before `lower` is called.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from qgraph.backends.onnxruntime.emit import Emitter
+from qgraph.errors import LoweringError
+from qgraph.ops import Q
+from qgraph.pattern import Match, Op
+from qgraph.rewrite import Rewriter, Rule
+from qgraph.text import where
+from qgraph.types import int_range, type_of
+from qgraph.views import const_value, is_const, operands
+
+Lowered = Node | tuple[Node | None, ...]
+
+LOWER: dict[Any, Callable[[Node, Rewriter], Lowered]] = {}
+"""Target of a qg op -> function that emits ONNX for one node of it."""
+
+
+def lowers(target: Any) -> Callable[[Callable[[Node, Rewriter], Lowered]], Callable[[Node, Rewriter], Lowered]]:
+    """Decorator: this function lowers nodes of `target`."""
+
+    def register(fn: Callable[[Node, Rewriter], Lowered]) -> Callable[[Node, Rewriter], Lowered]:
+        LOWER[target] = fn
+        return fn
+
+    return register
+
+
+def lower_rules() -> tuple[Rule, ...]:
+    """The table as rules."""
+    return tuple(_rule(target, fn) for target, fn in LOWER.items())
+
+
+def _rule(target: Any, fn: Callable[[Node, Rewriter], Lowered]) -> Rule:
+    def build(m: Match, rw: Rewriter) -> Lowered:
+        return fn(m.root, rw)
+
+    return Rule(f"lower {target}", Op(target), build)
+
+
+ONNX_INTEGERS = {"int8": 13, "uint8": 13, "int16": 21, "uint16": 21, "int4": 21, "uint4": 21, "int2": 25, "uint2": 25}
+"""Integer type of QuantizeLinear -> the opset that first takes it."""
+
+
+def onnx_integer(dtype: str) -> str | None:
+    """The smallest ONNX integer type that holds the values of `dtype`: "int3" -> "int4"."""
+    low, high = int_range(dtype)
+    names = sorted((n for n in ONNX_INTEGERS if n.startswith("u") == dtype.startswith("u")), key=int_range)
+    fits = [n for n in names if int_range(n)[0] <= low and high <= int_range(n)[1]]
+    return min(fits, key=lambda n: int_range(n)[1]) if fits else None
+
+
+def _opset(dtype: str, axis: int | None, group: int, scale: Tensor | None) -> int:
+    """The first opset in which Quantize/DequantizeLinear has this form: 10 per tensor, 13 per axis, 19 with 16-bit scales, 21 blocked."""
+    if group:
+        return max(21, ONNX_INTEGERS[dtype])
+    half = scale is not None and scale.dtype != torch.float32
+    first = 10 if dtype in ("int8", "uint8") and axis is None else ONNX_INTEGERS[dtype]
+    return max(first, 19) if half else first
+
+
+def _attributes(axis: int | None, group: int) -> dict[str, int]:
+    return {} if axis is None else {"axis": axis} | ({"block_size": group} if group else {})
+
+
+def _integers(o: Emitter, node: Node | None, dtype: str, hint: str, shape: Tensor | None) -> Node | None:
+    """A constant of integers in the ONNX type `dtype`; zeros in the shape of the scale when there is none."""
+    value = None if node is None else const_value(node)
+    if node is not None and (value is None or dtype in ("int8", "uint8", "int16", "uint16")):
+        return node
+    if value is None and shape is None:
+        return None
+    data = value if value is not None else torch.zeros(shape.shape, dtype=torch.int16)  # type: ignore[union-attr]
+    torch_type = getattr(torch, dtype, None) if dtype in ("int8", "uint8", "int16", "uint16") else None
+    return o.const(data.to(torch_type), hint) if torch_type is not None else o.integers(data, dtype, hint)
+
+
+@lowers(Q.quantize.default)
+def quantize(node: Node, rw: Rewriter) -> Node:
+    """QuantizeLinear. The integer type is that of the zero point, so there always is one."""
+    p, o = operands(node), Emitter(rw)
+    if p["dtype"] not in ONNX_INTEGERS or p["group"] == -1:
+        raise LoweringError(f"{where(node)}: ONNX has no QuantizeLinear to {p['dtype']}{' per token' if p['group'] == -1 else ''}; use int8 or uint8")
+    scale = const_value(p["scale"])
+    zero = _integers(o, p["zero_point"], p["dtype"], "zero_point", scale)
+    operands_ = (p["x"], p["scale"]) if zero is None else (p["x"], p["scale"], zero)
+    since = _opset(p["dtype"], p["axis"], p["group"], scale)
+    extra = _attributes(p["axis"], p["group"])
+    return o("QuantizeLinear", *operands_, dtype=p["dtype"], like=node, since=since, main=True, **extra)
+
+
+@lowers(Q.dequantize.default)
+def dequantize(node: Node, rw: Rewriter) -> Node:
+    """DequantizeLinear. A constant moves into the narrowest ONNX type that holds it, unless an integer kernel reads it (int8)."""
+    p, o = operands(node), Emitter(rw)
+    dtype = onnx_integer(p["dtype"]) if is_const(p["q"]) else p["dtype"]
+    if dtype not in ONNX_INTEGERS or p["group"] == -1:
+        raise LoweringError(f"{where(node)}: ONNX has no DequantizeLinear of {p['dtype']}{' per token' if p['group'] == -1 else ''}")
+    scale = const_value(p["scale"])
+    q = _integers(o, p["q"], dtype, "integers", None)
+    zero = None if p["zero_point"] is None else _integers(o, p["zero_point"], dtype, "zero_point", scale)
+    operands_ = (q, p["scale"]) if zero is None else (q, p["scale"], zero)
+    since = _opset(dtype, p["axis"], p["group"], scale)
+    extra = _attributes(p["axis"], p["group"])
+    return o("DequantizeLinear", *operands_, like=node, dtype=_scale_type(p["scale"]), since=since, main=True, **extra)
+
+
+def _scale_type(scale: Node) -> str | None:
+    value, t = const_value(scale), type_of(scale)
+    return str(value.dtype).removeprefix("torch.") if value is not None else t.dtype if t is not None else None
+
+
+@lowers(Q.fake_quantize.default)
+def fake_quantize(node: Node, rw: Rewriter) -> Node:
+    """dequantize(quantize(x)), each of which is lowered in turn."""
+    p = operands(node)
+    rest = (p["scale"], p["zero_point"], p["dtype"], p["axis"], p["group"])
+    q = rw.call(Q.quantize.default, p["x"], *rest)
+    return rw.call(Q.dequantize.default, q, *rest, like=node)
+
+
+@lowers(Q.dynamic_quantize.default)
+def dynamic_quantize(node: Node, rw: Rewriter) -> Lowered:
+    """DynamicQuantizeLinear, which is uint8, asymmetric, one range per tensor, float32."""
+    p, o = operands(node), Emitter(rw)
+    if (p["dtype"], p["symmetric"], p["axis"]) != ("uint8", False, None):
+        per = "per token" if p["group"] == -1 else f"per group of {p['group']}" if p["group"] else "per tensor"
+        kind = f"{p['dtype']} {'symmetric' if p['symmetric'] else 'asymmetric'} {per}"
+        raise LoweringError(f"{where(node)}: ONNX Runtime has no kernel for x quantized at run time as {kind} here; use uint8 asymmetric per tensor")
+    t = type_of(p["x"])
+    half = t.dtype if t is not None and t.dtype in ("float16", "bfloat16") else None
+    x = o.cast(p["x"], "float32") if half else p["x"]
+    found = o("DynamicQuantizeLinear", x, outputs=3, since=11, main=True)
+    q, scale, zero = o.outputs(found, "uint8", "float32", "uint8")
+    return q, o.cast(scale, half) if half else scale, zero
+
+
+def leftovers(nodes: list[Node]) -> list[Node]:
+    """qg nodes that are still in a graph."""
+    return [n for n in nodes if re.match(r"qgraph[.:]", str(n.target)) and n.op == "call_function"]
+
+

@@ -1,0 +1,23 @@
+"""Passes: one file each; see README.md here for the catalogue and how to write one."""
+
+from qgraph.passes.as_onnx import as_onnx_pass
+from qgraph.passes.canonicalize import Canonicalize
+from qgraph.passes.fold_batch_norm import FoldBatchNorm
+from qgraph.passes.fold_constants import FoldConstants
+from qgraph.passes.fold_fake_quant import FoldFakeQuant
+from qgraph.passes.fuse_dequant_matmul import FuseDequantMatmul
+from qgraph.passes.insert_fake_quant import InsertFakeQuant
+from qgraph.passes.insert_observers import InsertObservers
+from qgraph.passes.remove_dead import RemoveDead
+
+__all__ = [
+    "Canonicalize",
+    "FoldBatchNorm",
+    "FoldConstants",
+    "FoldFakeQuant",
+    "FuseDequantMatmul",
+    "InsertFakeQuant",
+    "InsertObservers",
+    "RemoveDead",
+    "as_onnx_pass",
+]

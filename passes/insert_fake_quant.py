@@ -1,0 +1,123 @@
+"""observer(x) -> fake_quantize(x, scale, zero_point): what was observed becomes numbers, still computed in float.
+
+Weights that insert_observers has noted are wrapped as well, with scales from their own values, and dynamic activations become
+dequantize(dynamic_quantize(x)). From here a model can be trained (QAT) or folded to integers (fold_fake_quant).
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import GraphModule, Node
+
+from qgraph.observe import Observer, range_of
+from qgraph.ops import choose_qparams
+from qgraph.passes.insert_observers import QUANTIZE, after
+from qgraph.pipeline import LOSSY, Context, Contract, Pass
+from qgraph.rewrite import add_constant, graph_modules
+from qgraph.text import path_of
+from qgraph.types import QSpec, type_of
+from qgraph.views import Conv, Embedding, Linear, const_value, view_any
+
+qg = torch.ops.qgraph
+Names = tuple[str, str | None]
+"""Targets of a scale and of a zero point (None: 0)."""
+
+
+@dataclass(frozen=True)
+class InsertFakeQuant(Pass):
+    """Raises CalibrationError for an observer that has seen no data."""
+
+    name: ClassVar[str] = "insert_fake_quant"
+    contract: ClassVar[Contract] = LOSSY
+
+    def run(self, gm: GraphModule, ctx: Context) -> int:
+        return sum(_Insert(part).run() for part in graph_modules(gm))
+
+
+class _Insert:
+    """One graph. A constant, or a value, that several consumers read in the same format is quantized once."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        self.gm = gm
+        self.weights: dict[tuple[str, QSpec], Node] = {}
+        self.dynamic: dict[tuple[Node, QSpec], Node] = {}
+        self.scales: dict[str, Names] = {}
+
+    def run(self) -> int:
+        count = 0
+        for node in list(self.gm.graph.nodes):
+            if node.op == "call_module" and isinstance(found := self.gm.get_submodule(str(node.target)), Observer):
+                self.observed(node, found)
+                count += 1
+            for role, spec in node.meta.pop(QUANTIZE, {}).items():
+                v: Any = view_any((Linear, Conv, Embedding), node)
+                value = v.weight if role == "weight" else v.x
+                node.replace_input_with(value, self.weight(value, spec) if role == "weight" else self.at_run_time(value, spec))
+                count += 1
+        if count:
+            self.gm.delete_all_unused_submodules()
+            self.gm.graph.lint()
+            self.gm.recompile()
+        return count
+
+    def observed(self, node: Node, found: Observer) -> None:
+        (value,) = node.args
+        if not isinstance(value, Node):
+            raise AssertionError("insert_observers gives an observer one operand")
+        target = str(node.target)
+        if target not in self.scales:
+            scale, zero_point = found.qparams()
+            self.scales[target] = self.constants(path_of(value), scale.to(_float_dtype(value, found)), zero_point)
+        node.replace_all_uses_with(self.fake_quantize(value, self.scales[target], found.spec))
+        self.gm.graph.erase_node(node)
+
+    def weight(self, value: Node, spec: QSpec) -> Node:
+        key = (str(value.target), spec)
+        if key not in self.weights:
+            tensor = const_value(value)
+            if tensor is None:
+                raise AssertionError(f"annotate gave a weight format to {path_of(value)}, which is no constant")
+            scale, zero_point = choose_qparams(*range_of(tensor, spec, name=path_of(value)), spec)
+            plain = spec.symmetric and spec.signed
+            names = self.constants(str(value.target), scale.to(tensor.dtype), None if plain else zero_point)
+            self.weights[key] = self.fake_quantize(value, names, spec)
+        return self.weights[key]
+
+    def constants(self, hint: str, scale: torch.Tensor, zero_point: torch.Tensor | None) -> Names:
+        return (
+            add_constant(self.gm, f"{hint}_scale", scale),
+            None if zero_point is None else add_constant(self.gm, f"{hint}_zero_point", zero_point),
+        )
+
+    def fake_quantize(self, value: Node, names: Names, spec: QSpec) -> Node:
+        graph = self.gm.graph
+        with graph.inserting_before(after(value)):
+            scale, zero_point = (None if n is None else graph.get_attr(n) for n in names)
+            new = graph.call_function(qg.fake_quantize.default, (value, scale, zero_point, spec.dtype, spec.axis, spec.group))
+        return self.described(new, value)
+
+    def at_run_time(self, value: Node, spec: QSpec) -> Node:
+        if (value, spec) not in self.dynamic:
+            graph = self.gm.graph
+            with graph.inserting_before(after(value)):
+                found = graph.call_function(qg.dynamic_quantize.default, (value, spec.dtype, spec.symmetric, spec.axis, spec.group))
+                q, scale, zero_point = (graph.call_function(operator.getitem, (found, i)) for i in range(3))
+                new = graph.call_function(qg.dequantize.default, (q, scale, zero_point, spec.dtype, spec.axis, spec.group))
+            self.dynamic[value, spec] = self.described(new, value)
+        return self.dynamic[value, spec]
+
+    def described(self, new: Node, value: Node) -> Node:
+        """The new node has the type and the origin of the value that it represents."""
+        new.meta.update({k: value.meta[k] for k in ("val", "type", "nn_module_stack", "stack_trace") if k in value.meta})
+        new.meta["from"] = InsertFakeQuant.name
+        return new
+
+
+def _float_dtype(value: Node, found: Observer) -> torch.dtype:
+    """Scales have the float type of the value; what the observer saw tells it where the graph does not."""
+    t = type_of(value)
+    return getattr(torch, t.dtype) if t is not None and t.dtype is not None else found.dtype

@@ -1,0 +1,80 @@
+"""x -> observer(x) on every edge that the recipe and the placement quantize statically; other formats are noted on their node.
+
+The module stays float: an observer is the identity. Formats of weights and of dynamic activations wait in `node.meta["quantize"]`
+(role -> QSpec) until insert_fake_quant. A graph that holds observers is left as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch.fx import GraphModule, Node
+
+from qgraph.annotate import annotate, check_rules
+from qgraph.backend import Placement
+from qgraph.errors import ModelError
+from qgraph.ledger import state
+from qgraph.observe import Observer, observer
+from qgraph.pipeline import EXACT, Context, Contract, Pass
+from qgraph.recipe import Recipe
+from qgraph.regions import Group
+from qgraph.rewrite import graph_modules
+from qgraph.text import path_of
+
+QUANTIZE = "quantize"
+"""The key of `node.meta` that holds role -> QSpec for operands quantized without an observer."""
+
+
+@dataclass(frozen=True)
+class InsertObservers(Pass):
+    """Annotates with `recipe` for a backend with `placement`, and inserts one observer per group of values that share a scale.
+
+    Raises RecipeError for a rule that matches nothing, ModelError for a graph in which nothing can be quantized."""
+
+    name: ClassVar[str] = "insert_observers"
+    contract: ClassVar[Contract] = EXACT
+
+    recipe: Recipe
+    placement: Placement
+
+    def run(self, gm: GraphModule, ctx: Context) -> int:
+        modules = list(graph_modules(gm))
+        if any(isinstance(m, Observer) for m in gm.modules()) or any(QUANTIZE in n.meta for g in modules for n in g.graph.nodes):
+            return 0
+        check_rules(modules, self.recipe)
+        ledger, count = state(gm).ledger, 0
+        for part in modules:
+            found = annotate(part, self.recipe, self.placement, ledger)
+            for node, specs in found.operands.items():
+                node.meta[QUANTIZE] = specs
+            for i, group in enumerate(found.groups):
+                self.observe(part, f"observer_{i}", group)
+            part.graph.lint()
+            part.recompile()
+            count += len(found)
+        if not count:
+            reasons = sorted({e.reason for e in ledger}) or ["it has no linear, convolution or embedding"]
+            raise ModelError(f"nothing to quantize in this model with recipe {self.recipe.name}: {'; '.join(reasons[:3])}")
+        return count
+
+    def observe(self, gm: GraphModule, target: str, group: Group) -> None:
+        """One observer, called once for each value of the group, between the value and those that read it quantized."""
+        label = " = ".join(path_of(v) for v in group.consumers)
+        options: Mapping[str, object] = self.recipe.observer_options
+        gm.add_submodule(target, observer(self.recipe.observer, group.spec, name=label, **options))
+        for value, consumers in group.consumers.items():
+            with gm.graph.inserting_before(after(value)):
+                watched: Node = gm.graph.call_module(target, (value,))
+            watched.meta.update({k: value.meta[k] for k in ("val", "type") if k in value.meta})
+            for consumer in consumers:
+                consumer.replace_input_with(value, watched)
+
+
+def after(value: Node) -> Node:
+    """The node to insert before, to come right after `value`: placeholders stay together at the top of the graph."""
+    found: Node = value.next
+    while value.op == "placeholder" and found.op == "placeholder":
+        found = found.next
+    return found

@@ -1,0 +1,207 @@
+"""recipe x placement -> which edge gets which QSpec.
+
+A site is an operation with a constant weight: linear, convolution, embedding. The recipe and its rules say which formats a site is
+wanted in, the backend's placement says which are possible, and every decision goes to the ledger with its reason. What happens
+between sites is solved by regions.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch.fx import GraphModule, Node
+
+from qgraph.backend import Placement
+from qgraph.errors import RecipeError, nearest
+from qgraph.ledger import FLOAT, Entry, Ledger
+from qgraph.recipe import Int, Recipe
+from qgraph.regions import Group, Regions
+from qgraph.text import path_of
+from qgraph.types import QSpec
+from qgraph.views import Conv, Embedding, Linear, const_value, is_const, key, view_any
+
+SITES = (Linear, Conv, Embedding)
+SiteView = Linear | Conv | Embedding
+
+
+@dataclass
+class Annotations:
+    """`operands[node][role]`: formats of weights (role "weight") and of dynamic activations ("x"); `groups`: static activations."""
+
+    operands: dict[Node, dict[str, QSpec]] = field(default_factory=dict)
+    groups: list[Group] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.operands.values())) + sum(len(g.consumers) for g in self.groups)
+
+
+def annotate(gm: GraphModule, recipe: Recipe, placement: Placement, ledger: Ledger) -> Annotations:
+    """Solve one graph (not its nested bodies). Every linear, convolution and embedding gets ledger entries.
+
+    Raises RecipeError when two rules want different formats of one shared value, or when the backend cannot honour a rule."""
+    labels = _labels(gm)
+    found, inputs = Annotations(), {}
+    for node, v in _sites(gm):
+        weight, x = _Site(node, v, labels[node], recipe, placement, ledger).decide()
+        operands = ({"weight": weight} if weight else {}) | ({"x": x} if x and x.dynamic else {})
+        if operands:
+            found.operands[node] = operands
+        if x and not x.dynamic:
+            inputs[node] = (_x(v), x)
+    if inputs:
+        outputs = frozenset(n for n, v in _sites(gm) if n in inputs and isinstance(v, placement.always_output))
+        default = next(iter(sorted((s for _, s in inputs.values()), key=str)))
+        regions = Regions(gm, placement, inputs, outputs, default, lambda n: _excluded(n, recipe))
+        found.groups = regions.groups()
+        _record_outputs(found.groups, labels, ledger)
+    return found
+
+
+def check_rules(gms: Iterable[GraphModule], recipe: Recipe) -> None:
+    """Raises RecipeError for a rule whose pattern matches no operation of any of these graphs."""
+    names = {name for gm in gms for node in gm.graph.nodes if node.op == "call_function" for name in _names(node)}
+    for pattern in recipe.rules:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise RecipeError(f"rule {pattern!r} matches no operation{nearest(pattern, names)}")
+
+
+def _sites(gm: GraphModule) -> Iterator[tuple[Node, SiteView]]:
+    for node in gm.graph.nodes:
+        v = view_any(SITES, node)
+        if v is not None:
+            yield node, v
+
+
+def _x(v: SiteView) -> Node:
+    return v.indices if isinstance(v, Embedding) else v.x
+
+
+def _names(node: Node) -> tuple[str, ...]:
+    """What a rule may call an operation: module path or ONNX node name, FX name, name of its weight."""
+    v = view_any(SITES, node)
+    own = (path_of(node), node.name)
+    return (*own, str(v.weight.target), path_of(v.weight)) if v is not None and is_const(v.weight) else own
+
+
+def _excluded(node: Node, recipe: Recipe) -> bool:
+    hits = [rule for pattern, rule in recipe.rules.items() if any(fnmatchcase(n, pattern) for n in _names(node))]
+    return bool(hits) and hits[-1] is None
+
+
+def _labels(gm: GraphModule) -> dict[Node, str]:
+    """The path of each operation, made unique by the FX name where one module holds several."""
+    nodes = [n for n in gm.graph.nodes if n.op == "call_function"]
+    count = Counter(path_of(n) for n in nodes)
+    return {n: p if count[p := path_of(n)] == 1 or p == n.name else f"{p}:{n.name}" for n in nodes}
+
+
+def _kind(node: Node) -> str:
+    return str(key(node.target)).removeprefix("::").removesuffix(".default")
+
+
+def _record_outputs(groups: Iterable[Group], labels: dict[Node, str], ledger: Ledger) -> None:
+    for group in groups:
+        for value, maker in group.makers.items():
+            absorbed = "" if maker is value else f", after {_kind(value)}"
+            reason = f"computed in integers{absorbed}"
+            ledger.record(Entry(labels[maker], _kind(maker), "output", str(group.spec), "annotate", reason))
+
+
+@dataclass(frozen=True)
+class _Site:
+    """One operation with a weight, and how its formats are decided."""
+
+    node: Node
+    v: SiteView
+    label: str
+    recipe: Recipe
+    placement: Placement
+    ledger: Ledger
+
+    def decide(self) -> tuple[QSpec | None, QSpec | None]:
+        """(format of the weight, format of x), None for float; both recorded with their reason."""
+        obstacle = self.obstacle()
+        if obstacle:
+            weight, x = (None, obstacle), (None, obstacle)
+        else:
+            rule, wanted_weight, wanted_x = self.wanted()
+            weight = self.weight(wanted_weight, rule)
+            x = self.x(wanted_x, rule, weight[0])
+            if weight[0] and not x[0] and not isinstance(self.v, self.placement.weight_only):
+                weight = (None, x[1] if wanted_x else self.refuse(rule, "the backend has no kernel for an integer weight with float x"))
+        self.record("weight", *weight)
+        if not isinstance(self.v, Embedding):
+            self.record("x", *x)
+        return weight[0], x[0]
+
+    def record(self, role: str, spec: QSpec | None, reason: str) -> None:
+        self.ledger.record(Entry(self.label, _kind(self.node), role, str(spec) if spec else FLOAT, "annotate", reason))
+
+    def obstacle(self) -> str:
+        """Why this operation can have no integer format at all, or ""."""
+        value = const_value(self.v.weight)
+        if value is None:
+            return "both operands are activations" if isinstance(self.v, Linear) else "its weight is not a constant"
+        if value.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"its weight is {str(value.dtype).removeprefix('torch.')}, not float"
+        if not isinstance(self.v, Conv) and value.dim() != 2:
+            return f"its weight has {value.dim()} axes, integer kernels take 2"
+        return "its weight is empty" if value.numel() == 0 else ""
+
+    def wanted(self) -> tuple[str | None, Int | None, Int | None]:
+        """(the rule that decided, weights, activations); the last rule that matches wins."""
+        embedding = isinstance(self.v, Embedding)
+        weights = self.recipe.embeddings if embedding else self.recipe.weights
+        activations = None if embedding else self.recipe.activations
+        chosen = None
+        for pattern, rule in self.recipe.rules.items():
+            if any(fnmatchcase(name, pattern) for name in _names(self.node)):
+                chosen = pattern
+                weights = rule.get("weights", weights) if rule is not None else None
+                activations = rule.get("activations", activations) if rule is not None else None
+        return chosen, weights, activations
+
+    def refuse(self, rule: str | None, reason: str) -> str:
+        """A refused format: an error if a rule asked for it by name, otherwise the ledger's reason."""
+        if rule is not None and self.recipe.rules[rule] is not None:
+            raise RecipeError(f"rule {rule!r} cannot be honoured at {self.label}: {reason}")
+        return reason
+
+    def source(self, rule: str | None) -> str:
+        return f"rule {rule!r}" if rule else f"recipe {self.recipe.name}"
+
+    def weight(self, wanted: Int | None, rule: str | None) -> tuple[QSpec | None, str]:
+        if wanted is None:
+            return None, f"{self.source(rule)} leaves it in float"
+        rank = self.rank()
+        in_axis, out_axis = (1, 0) if isinstance(self.v, Embedding) else (self.v.in_axis % rank, self.v.out_axis % rank)
+        spec = wanted.weight_spec(in_axis=in_axis, out_axis=out_axis)
+        if isinstance(self.v, Conv) and wanted.group is not None:
+            return None, self.refuse(rule, "there is no kernel for group-wise convolution weights")
+        refusal = self.placement.accepts(type(self.v), "weight", spec)
+        return (None, self.refuse(rule, refusal)) if refusal else (spec, self.source(rule))
+
+    def rank(self) -> int:
+        value = const_value(self.v.weight)
+        return value.dim() if value is not None else 0
+
+    def x(self, wanted: Int | None, rule: str | None, weight: QSpec | None) -> tuple[QSpec | None, str]:
+        if isinstance(self.v, Embedding) or wanted is None:
+            return None, f"{self.source(rule)} leaves it in float"
+        if weight is None:
+            return None, "its weight is in float"
+        spec = wanted.activation_spec()
+        capable = self.placement.dynamic if spec.dynamic else self.placement.compute
+        kind = type(self.v).__name__.lower()
+        if not isinstance(self.v, capable):
+            return None, self.refuse(rule, f"the backend has no fast integer {kind} with {'run-time' if spec.dynamic else 'static'} ranges")
+        if isinstance(self.v, Linear) and self.v.x_axis != -1 and spec.axis is not None:
+            return None, self.refuse(rule, f"rows of x run along its axis {self.v.x_axis}, not along the last")
+        if is_const(self.v.x):
+            return None, "x is a constant"
+        refusal = self.placement.accepts(type(self.v), "x", spec)
+        return (None, self.refuse(rule, refusal)) if refusal else (spec, self.source(rule))

@@ -1,0 +1,157 @@
+"""prepare -> calibrate -> convert -> lower | export, and quantize, which is all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir
+import torch
+from torch.fx import GraphModule, Node
+
+from qgraph.backend import Backend, Program, get_backend
+from qgraph.calibrate import calibrate
+from qgraph.capture import capture
+from qgraph.edit import copy_graph, graph_modules
+from qgraph.errors import CalibrationError, ModelError
+from qgraph.ledger import Stage, state
+from qgraph.onnx_io import from_onnx
+from qgraph.onnx_ops import OnnxOp
+from qgraph.passes import Canonicalize, FoldBatchNorm, FoldConstants, FoldFakeQuant, InsertFakeQuant, InsertObservers, RemoveDead
+from qgraph.pipeline import Context, Pass, Pipeline, Verify
+from qgraph.recipe import Recipe, load_recipe
+from qgraph.text import where
+from qgraph.views import Dequantize, DynamicQuantize, FakeQuantize, Quantize, view_any
+
+Model = torch.nn.Module | torch.export.ExportedProgram | GraphModule | onnx.ModelProto | onnx_ir.Model | str | PathLike[str]
+Source = str | Recipe | Path
+
+QUANTIZED_OPS = frozenset(
+    ("QLinearConv", "QLinearMatMul", "MatMulInteger", "ConvInteger", "QGemm", "MatMulNBits", "GatherBlockQuantized", "MatMulIntegerToFloat")
+    + ("DynamicQuantizeMatMul", "QAttention", "MatMulBnb4", "QMoE")
+)
+"""ONNX operations that only quantized models have."""
+
+PREPARE: tuple[Pass, ...] = (Canonicalize(), FoldConstants(), FoldBatchNorm(), RemoveDead())
+"""What every model goes through before it is annotated; none of them changes numbers beyond float rounding."""
+
+
+def as_graph(model: Model, example_inputs: Any = None, *, dynamic_shapes: Any = None) -> GraphModule:
+    """One graph of the model, whatever it is: captured, imported, or a copy of a graph that qgraph made.
+
+    Raises CaptureError, ModelError, or TypeError for something that is no model."""
+    if isinstance(model, GraphModule) and "qgraph" in model.meta:
+        return copy_graph(model)
+    if isinstance(model, str | PathLike | onnx.ModelProto | onnx_ir.Model):
+        return from_onnx(model)
+    if isinstance(model, torch.nn.Module | torch.export.ExportedProgram):
+        return capture(model, example_inputs, dynamic_shapes=dynamic_shapes)
+    raise TypeError(f"a model is a torch module, an exported program, a graph, an ONNX model or a path, not {type(model).__name__}")
+
+
+def prepare(
+    model: Model,
+    example_inputs: Any = None,
+    *,
+    recipe: Source = "w8a8",
+    backend: str | Backend = "onnxruntime",
+    dynamic_shapes: Any = None,
+    verify: Verify | None = None,
+) -> GraphModule:
+    """The model as a float graph with observers where `recipe` and `backend` want integers.
+
+    `example_inputs` and `dynamic_shapes` are torch.export's, for torch modules only. `verify="numerics"` checks every pass against
+    its contract on the example inputs. The model itself is not changed.
+    Raises CaptureError, ModelError (also for a model that is quantized already, or has nothing to quantize), RecipeError."""
+    recipe = load_recipe(recipe)
+    target = get_backend(backend)
+    gm = as_graph(model, example_inputs, dynamic_shapes=dynamic_shapes)
+    _check_float(gm)
+    _run(gm, *PREPARE, InsertObservers(recipe, target.placement), verify=verify)
+    return _at(gm, "prepared", recipe)
+
+
+def convert(prepared: GraphModule, *, verify: Verify | None = None) -> GraphModule:
+    """The prepared graph with integer weights and quantize/dequantize nodes, callable in torch: the reference of every backend.
+
+    `prepared` keeps its observers. Raises CalibrationError when an observer has seen no data, ModelError for a graph not prepared."""
+    if state(prepared).stage not in ("prepared", "calibrated"):
+        raise ModelError(f"convert takes a prepared graph, this one is {state(prepared).stage}: call qgraph.prepare first")
+    gm = copy_graph(prepared)
+    _run(gm, InsertFakeQuant(), FoldFakeQuant(), RemoveDead(), verify=verify)
+    return _at(gm, "converted")
+
+
+def lower(quantized: GraphModule, *, backend: str | Backend = "onnxruntime", strict: bool = False) -> Program:
+    """A program of `backend` that runs. With `strict`, a promised kernel that the runtime did not use raises LoweringError."""
+    return get_backend(backend).lower(copy_graph(quantized), strict=strict)
+
+
+def export(quantized: GraphModule, path: str | PathLike[str], *, backend: str | Backend = "onnxruntime") -> Path:
+    """Write the lowered model to `path`, checked and loaded by the runtime before it gets its name. Returns the path.
+
+    Raises LoweringError, or ModelError when the file cannot be written; an existing file is replaced only at success."""
+    target = Path(fspath(path))
+    if target.is_dir():
+        raise ModelError(f"cannot write the model to {target}: it is a folder; give a file name such as {target / 'model.onnx'}")
+    if not target.parent.is_dir():
+        raise ModelError(f"cannot write {target}: the folder {target.parent} does not exist")
+    get_backend(backend).export(copy_graph(quantized), target)
+    return target
+
+
+def quantize(
+    model: Model,
+    batches: Iterable[Any] | None = None,
+    *,
+    example_inputs: Any = None,
+    recipe: Source = "w8a8",
+    backend: str | Backend = "onnxruntime",
+    dynamic_shapes: Any = None,
+    output: str | PathLike[str] | None = None,
+    verify: Verify | None = None,
+) -> GraphModule:
+    """prepare, calibrate and convert in one call, and export when `output` is a path. Returns the quantized graph.
+
+    `batches` is needed by static recipes only. Raises what those functions raise."""
+    recipe = load_recipe(recipe)
+    prepared = prepare(
+        model, example_inputs, recipe=recipe, backend=backend, dynamic_shapes=dynamic_shapes, verify=verify
+    )
+    if recipe.static:
+        if batches is None:
+            raise CalibrationError(f"recipe {recipe.name} needs calibration data: give batches, or take {recipe.name}-dynamic")
+        calibrate(prepared, batches)
+    quantized = convert(prepared, verify=verify)
+    if output is not None:
+        export(quantized, output, backend=backend)
+    return quantized
+
+
+def _check_float(gm: GraphModule) -> None:
+    """Raises ModelError for a graph that holds quantized operations: quantizing it again would pile error on error."""
+    for part in graph_modules(gm):
+        found = [n for n in part.graph.nodes if _is_quantized(n)]
+        if found:
+            raise ModelError(f"the model is quantized already ({len(found)} operations, the first at {where(found[0])}); take the float model")
+
+
+def _is_quantized(node: Node) -> bool:
+    if view_any((Quantize, Dequantize, FakeQuantize, DynamicQuantize), node) is not None:
+        return True
+    return isinstance(node.target, OnnxOp) and node.target.op_type in QUANTIZED_OPS
+
+
+def _run(gm: GraphModule, *passes: Pass, verify: Verify | None) -> None:
+    """Run passes; `verify="numerics"` uses the example inputs of the capture."""
+    example = state(gm).example_inputs
+    Pipeline(*passes, verify=verify).run(gm, Context(samples=[example] if example is not None else []))
+
+
+def _at(gm: GraphModule, stage: Stage, recipe: Recipe | None = None) -> GraphModule:
+    found = state(gm)
+    found.stage, found.recipe = stage, recipe or found.recipe
+    return gm

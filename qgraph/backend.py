@@ -1,0 +1,102 @@
+"""Backends: what can be executed where. A backend is a placement (data), a lowering, and a program that runs."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any, Protocol, runtime_checkable
+
+from torch.fx import GraphModule
+
+from qgraph.errors import RecipeError, nearest
+from qgraph.types import QSpec
+
+ALL = frozenset({"*"})
+"""Every kind of an interface."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a backend computes in integers, as data; `annotate` solves it together with a recipe.
+
+    compute          interfaces with an integer kernel when x and weight are quantized (static ranges)
+    dynamic          those that also have one when the range of x is found at run time
+    weight_only      those whose weight alone may be stored in integers
+    always_output    those whose integer kernel exists only with a quantized output
+    follow           interface -> kinds that have an integer kernel when all their operands are quantized
+    share            interface -> kinds whose output keeps the scale of its inputs
+    absorb           activation kinds that a quantized output of their producer performs (saturation)
+    accepts          (interface, role, spec) -> None, or a sentence that says why the backend refuses
+    """
+
+    compute: tuple[type, ...] = ()
+    dynamic: tuple[type, ...] = ()
+    weight_only: tuple[type, ...] = ()
+    always_output: tuple[type, ...] = ()
+    follow: Mapping[type, frozenset[str]] = field(default_factory=dict)
+    share: Mapping[type, frozenset[str]] = field(default_factory=dict)
+    absorb: frozenset[str] = frozenset()
+    accepts: Callable[[type, str, QSpec], str | None] = lambda interface, role, spec: None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What one promised node became in the runtime's own graph. `reason` says why when it is not `fused`."""
+
+    node: str
+    promised: str
+    became: str
+    fused: bool
+    reason: str = ""
+
+
+@runtime_checkable
+class Program(Protocol):
+    """A lowered graph that runs."""
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any: ...
+
+    def kernels(self) -> list[Kernel]: ...
+
+    def save(self, path: str | PathLike[str]) -> None: ...
+
+
+class Backend(Protocol):
+    """Lowers a converted graph. `placement` says which edges `annotate` may quantize for it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def placement(self) -> Placement: ...
+
+    def lower(self, gm: GraphModule, *, strict: bool = False) -> Program: ...
+
+    def export(self, gm: GraphModule, path: str | PathLike[str]) -> None: ...
+
+
+BACKENDS: dict[str, str | Callable[[], Backend]] = {
+    "onnxruntime": "qgraph.backends.onnxruntime:OnnxRuntime",
+    "reference": "qgraph.backends.reference:Reference",
+}
+"""Name -> factory, or "module:factory" that is imported when first asked for."""
+
+
+def register_backend(name: str, factory: Callable[[], Backend]) -> None:
+    """Make a backend known by name to prepare, lower, quantize and the command line."""
+    BACKENDS[name] = factory
+
+
+def get_backend(backend: str | Backend) -> Backend:
+    """The backend of a name; an object is returned as it is. Raises RecipeError for an unknown name."""
+    if not isinstance(backend, str):
+        return backend
+    if backend not in BACKENDS:
+        raise RecipeError(f"unknown backend {backend!r}{nearest(backend, BACKENDS)}")
+    factory = BACKENDS[backend]
+    if isinstance(factory, str):
+        module, _, attribute = factory.partition(":")
+        factory = getattr(importlib.import_module(module), attribute)
+    return factory()

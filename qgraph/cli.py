@@ -1,0 +1,206 @@
+"""The command line: qgraph quantize | inspect | passes | diff, on files.
+
+Exit status 0, 1 for an error (one line on stderr, `--debug` for the traceback), 2 for wrong usage. torch is imported by the commands
+that need it, so that help and usage errors come at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import click
+
+import qgraph
+from qgraph.errors import ModelError, QGraphError, RecipeError
+
+if TYPE_CHECKING:
+    from qgraph.backend import Kernel
+    from qgraph.recipe import Recipe
+
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+FLOAT_ROWS = 10
+"""Decisions for float that the text report lists; --json has them all."""
+
+
+class _Failure(click.ClickException):
+    """`error: text` on stderr, status 1."""
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        click.echo(f"error: {' '.join(self.message.split())}", file=file, err=file is None)
+
+
+class _Command(click.Command):
+    """A command that reports QGraphError and OSError in one line, or as they are with --debug."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        if ctx.params.pop("debug"):
+            return super().invoke(ctx)
+        try:
+            return super().invoke(ctx)
+        except (QGraphError, OSError) as error:
+            raise _Failure(str(error)) from error
+
+
+class _Group(click.Group):
+    command_class = _Command
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(qgraph.__version__)
+def main() -> None:
+    """Quantize ONNX and PyTorch models, and look at the result."""
+
+
+@main.command()
+@click.argument("source", metavar="IN.onnx|PACKAGE.MODULE:FUNCTION")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The ONNX file to write.")
+@click.option("--recipe", default="w8a8", show_default=True, help="Name (w8a8, w8a8-dynamic, w4a16-g128, ...) or a YAML file.")
+@click.option("--calibration", type=click.Path(), help="One .npz with arrays named as the inputs, or a folder of .npz files.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Samples per feed out of one .npz.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a field of the recipe; may be repeated.")
+@click.option("--backend", default="onnxruntime", show_default=True, help="What the model is quantized for.")
+@click.option("--strict", is_flag=True, help="Fail when a kernel that was promised did not come out.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def quantize(
+    source: str,
+    output: Path,
+    recipe: str,
+    calibration: str | None,
+    batch: int,
+    overrides: tuple[str, ...],
+    backend: str,
+    strict: bool,
+    as_json: bool,
+) -> None:
+    """Quantize a model and write it as ONNX.
+
+    FUNCTION takes no arguments and returns (module, example_inputs), or (module, example_inputs, dynamic_shapes)."""
+    _check_paths(source, output)
+    from qgraph.backend import get_backend
+    from qgraph.recipe import load_recipe
+
+    wanted, target = load_recipe(recipe, overrides), get_backend(backend)
+    model, example_inputs, dynamic_shapes = _load(source)
+    prepared = qgraph.prepare(model, example_inputs, recipe=wanted, backend=target, dynamic_shapes=dynamic_shapes)
+    _calibrate(prepared, wanted, calibration, batch)
+    program = qgraph.lower(qgraph.convert(prepared), backend=target, strict=strict)
+    program.save(output)
+    report = _report(source, output, wanted, prepared.meta["qgraph"].ledger, program.kernels())
+    click.echo(json.dumps(report) if as_json else _report_text(report))
+
+
+def _check_paths(source: str, output: Path) -> None:
+    """Before anything takes time: can the output be written, and is it not the input?"""
+    if output.is_dir():
+        raise ModelError(f"output {output} is a directory; give a file name such as {output / 'model.onnx'}")
+    if not output.absolute().parent.is_dir():
+        raise ModelError(f"output folder {output.absolute().parent} does not exist")
+    if os.path.exists(source) and output.exists() and os.path.samefile(source, output):
+        raise ModelError(f"output {output} is the input; write to another file")
+
+
+def _load(source: str) -> tuple[Any, tuple[Any, ...] | None, Any]:
+    """(model, example inputs, dynamic shapes) of an ONNX file or of what PACKAGE.MODULE:FUNCTION returns."""
+    if os.path.exists(source) or not _FUNCTION.fullmatch(source):
+        from qgraph.onnx_io import from_onnx
+
+        return from_onnx(source), None, None
+    module_name, _, function_name = source.partition(":")
+    if os.getcwd() not in sys.path:  # the console script does not put it there, python -m does
+        sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise ModelError(f"cannot load {source}: {error}") from error
+    made = function()
+    if not isinstance(made, tuple) or len(made) not in (2, 3) or not isinstance(made[1], tuple | list):
+        raise ModelError(f"{source} must return (module, example_inputs) or (module, example_inputs, dynamic_shapes)")
+    return made[0], tuple(made[1]), made[2] if len(made) == 3 else None
+
+
+def _calibrate(prepared: Any, recipe: Recipe, path: str | None, batch: int) -> None:
+    if not recipe.static:
+        return
+    if path is None:
+        raise RecipeError(
+            f"recipe {recipe.name} takes activation ranges from data: give --calibration, or use a dynamic recipe such as w8a8-dynamic"
+        )
+    from qgraph.feeds import inputs_of
+
+    qgraph.calibrate(prepared, qgraph.load_batches(path, batch, [i.name for i in inputs_of(prepared)]))
+
+
+def _report(source: str, output: Path, recipe: Recipe, ledger: Any, kernels: list[Kernel]) -> dict[str, Any]:
+    before = Path(source)
+    return {
+        "output": str(output),
+        "recipe": recipe.name,
+        "bytes": output.stat().st_size,
+        "source_bytes": before.stat().st_size if before.is_file() else None,
+        **ledger.summary(),
+        "kernels_promised": len(kernels),
+        "kernels_fused": sum(k.fused for k in kernels),
+        "unfused": [{"node": k.node, "promised": k.promised, "became": k.became, "reason": k.reason} for k in kernels if not k.fused],
+        "float": [{"node": e.node, "role": e.role, "reason": e.reason} for e in ledger if not e.quantized],
+    }
+
+
+def _report_text(report: dict[str, Any]) -> str:
+    mb, was = report["bytes"] / 1e6, report["source_bytes"]
+    lines = [
+        f"{report['output']}: {mb:.2f} MB{f' (was {was / 1e6:.2f} MB)' if was else ''}, recipe {report['recipe']}",
+        f"  weights      {report['weights_quantized']} of {report['weights']} quantized",
+        f"  activations  {report['activations_quantized']} of {report['activations']} edges quantized",
+        f"  kernels      {report['kernels_fused']} of {report['kernels_promised']} fused",
+    ]
+    lines += [f"  unfused      {k['node']}: promised {k['promised']}, became {k['became']}: {k['reason']}" for k in report["unfused"]]
+    rows = report["float"]
+    lines += [f"  float        {e['node']}.{e['role']}: {e['reason']}" for e in rows[:FLOAT_ROWS]]
+    if len(rows) > FLOAT_ROWS:
+        lines.append(f"  float        ... {len(rows) - FLOAT_ROWS} more (--json lists all)")
+    return "\n".join(lines)
+
+
+@main.command()
+@click.argument("file", metavar="FILE.onnx")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def inspect(file: str, as_json: bool) -> None:
+    """Nodes by kind, weights by type, the quantized share, and what ONNX Runtime runs."""
+    from qgraph import inspect as inspection
+
+    found = inspection.inspect(file)
+    click.echo(json.dumps(found.as_json()) if as_json else inspection.text(found))
+
+
+@main.command()
+def passes() -> None:
+    """The catalogue of passes: name, contract, what it does."""
+    import qgraph.passes as available
+    from qgraph.pipeline import Pass
+
+    found = [p for name in available.__all__ if isinstance(p := getattr(available, name), type) and issubclass(p, Pass)]
+    rows = [(p.name, str(p.contract), (sys.modules[p.__module__].__doc__ or p.name).splitlines()[0]) for p in found]
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    for name, contract, does in rows:
+        click.echo(f"{name.ljust(widths[0])}  {contract.ljust(widths[1])}  {does}")
+
+
+@main.command()
+@click.argument("before", metavar="A.onnx")
+@click.argument("after", metavar="B.onnx")
+def diff(before: str, after: str) -> None:
+    """Text diff of the printed forms of two models."""
+    from qgraph.onnx_io import from_onnx
+    from qgraph.text import diff as text_diff
+
+    click.echo(text_diff(from_onnx(before), from_onnx(after)), nl=False)

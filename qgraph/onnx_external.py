@@ -1,0 +1,57 @@
+"""External data of ONNX files: byte ranges of files beside the model, mapped into memory and never read until used."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from qgraph.errors import ModelError
+
+
+def data_path(tensor: ir.ExternalTensor) -> Path:
+    """The data file of an external tensor.
+
+    Raises ModelError when it is missing or lies outside the model's folder (absolute, "..", or through a symbolic link)."""
+    location, base = os.fspath(tensor.location), Path(tensor.base_dir or ".")
+    path = (base / location).resolve()
+    if os.path.isabs(location) or not path.is_relative_to(base.resolve()):
+        raise ModelError(
+            f"initializer {tensor.name!r}: external data {location!r} lies outside the model's folder {os.fspath(base)!r}; "
+            "move the file beside the model and store a relative path"
+        )
+    if not path.is_file():
+        raise ModelError(f"initializer {tensor.name!r}: external data file {os.fspath(base / location)!r} is missing")
+    return path
+
+
+def byte_range(tensor: ir.ExternalTensor) -> tuple[Path, int, int]:
+    """(file, offset, length) of an external tensor, checked against the file's size. Raises ModelError."""
+    path, offset = data_path(tensor), tensor.offset or 0
+    length, size = tensor.nbytes, path.stat().st_size
+    if tensor.length is not None and tensor.length != length:
+        raise ModelError(
+            f"initializer {tensor.name!r}: external data has length {tensor.length}, but its type and shape need {length} bytes"
+        )
+    if offset + length > size:
+        raise ModelError(
+            f"initializer {tensor.name!r}: external data file {os.fspath(path)!r} is truncated: "
+            f"needs {offset + length} bytes, has {size}"
+        )
+    return path, offset, length
+
+
+def memory_map(tensor: ir.ExternalTensor) -> np.ndarray[Any, Any]:
+    """The elements of an external tensor, read-only and mapped; types under 8 bits are unpacked into memory. Raises ModelError."""
+    path, offset, length = byte_range(tensor)
+    shape = tensor.shape.numpy()
+    if length == 0:
+        return np.empty(shape, tensor.dtype.numpy())
+    data = np.memmap(path, dtype=np.uint8, mode="r", offset=offset, shape=(length,))
+    if tensor.dtype.bitwidth < 8:
+        return ir.PackedTensor(np.array(data), tensor.dtype, shape=tensor.shape).numpy()
+    found = data.view(np.dtype(tensor.dtype.numpy()).newbyteorder("<")).reshape(shape)
+    return found if found.flags.aligned else found.copy()
