@@ -4,6 +4,7 @@
 table: file size, SQNR of the output, task metric, latency as a share of the float model's, kernels fused of those promised.
 """
 
+import logging
 import platform
 import sys
 import warnings
@@ -58,6 +59,7 @@ def machine() -> str:
 
 def main(folder: Path) -> None:
     warnings.filterwarnings("ignore")
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     folder.mkdir(parents=True, exist_ok=True)
     console = Console()
     if not console.is_terminal:

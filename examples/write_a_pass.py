@@ -16,10 +16,10 @@ from qgraph.pipeline import EQUIVALENT, Context, Contract, Pass
 from qgraph.rewrite import Match, Rewriter, rule
 from qgraph.views import Linear, const_value
 
-FIRST = Op(Linear, "first", x=Var("x"), weight=Const("w1"), bias=Var("b1"), in_axis=Var("in1"), single_use=True)
+FIRST = Op(Linear, "first", x=Var("x"), weight=Const("w1"), bias=Var("b1"), in_axis=Var("in1"), alpha=1.0, x_axis=-1, single_use=True)
 
 
-@rule(Op(Linear, "second", x=FIRST, weight=Const("w2"), in_axis=Var("in2")))
+@rule(Op(Linear, "second", x=FIRST, weight=Const("w2"), in_axis=Var("in2"), x_axis=-1))
 def merge(m: Match, rw: Rewriter) -> Node:
     if m.b1 is not None:
         rw.decline("the first layer has a bias")
@@ -45,7 +45,7 @@ class MergeLinears(Pass):
 
 
 def torch_graph(x: torch.Tensor) -> GraphModule:
-    layers = torch.nn.Linear(32, 24, bias=False), torch.nn.Linear(24, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8)
+    layers = torch.nn.Linear(32, 24, bias=False), torch.nn.Linear(24, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8), torch.nn.Linear(8, 6)
     return qgraph.capture(torch.nn.Sequential(*layers).eval(), (x,))
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import onnx_ir as ir
-from torch.fx import GraphModule
 from onnx_ir.passes import FunctionalPass, PassResult
+from torch.fx import GraphModule
 
 from qgraph.onnx_io import from_onnx, to_onnx
 from qgraph.pipeline import Context, Pass, Pipeline
@@ -13,7 +13,7 @@ from qgraph.pipeline import Context, Pass, Pipeline
 class OnnxPass(FunctionalPass):
     """onnx_ir.Model -> GraphModule -> `inner` -> onnx_ir.Model. The input model is not changed.
 
-    Reports no modification, and gives back the model it got, when `inner` changed nothing."""
+    onnx_ir wants a new model from such a pass even when nothing changed: it then is an equal one, reported as not modified."""
 
     def __init__(self, inner: Pass | Pipeline) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class OnnxPass(FunctionalPass):
     def call(self, model: ir.Model) -> PassResult:
         gm = from_onnx(model)
         changed = _run(self.inner, gm)
-        return PassResult(to_onnx(gm), True) if changed else PassResult(model, False)
+        return PassResult(to_onnx(gm), changed)
 
     def __repr__(self) -> str:
         return f"OnnxPass({self.inner})"

@@ -11,6 +11,7 @@ are the cases t = 0 and s = 1. Constants are computed in float64 and rounded onc
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -135,13 +136,14 @@ class Layer:
     def scaled(self, values: Tensor, axis: int) -> Tensor:
         """The weight in float64 times a value per channel of its `axis`, and of every group."""
         split = self.weight.double().unflatten(0, (self.groups, -1))
-        return (split * self.along(values, axis)).reshape(self.weight.shape)
+        found: Tensor = split * self.along(values, axis)
+        return found.reshape(self.weight.shape)
 
     def response(self, shift: Tensor) -> Tensor:
         """What the layer without bias gives, on each output channel, for an input that is `shift` everywhere."""
         moved = self.scaled(shift, self.view.in_axis)
         over = [a for a in range(-moved.ndim, 0) if a != self.view.out_axis]
-        return self.alpha * moved.sum(over)
+        return moved.sum(over) * self.alpha
 
     def bias(self) -> Tensor:
         """The bias in float64, one element or one per output."""
@@ -156,7 +158,9 @@ class Layer:
         """The same call with other constants (None: its own); None when the target takes no bias."""
         if weight is not None:
             if len(self.view.weight.users) > 1:
-                self.rw.decline(f"weight @{self.view.weight.target} is read {len(self.view.weight.users)} times; folding would store it twice")
+                self.rw.decline(
+                    f"weight @{self.view.weight.target} is read {len(self.view.weight.users)} times; folding would store it twice"
+                )
             roles["weight"] = self.constant(weight, self.view.weight)
         if bias is not None:
             if self.beta == 0:
@@ -199,6 +203,8 @@ def fold_after(m: Match, rw: Rewriter) -> Node | tuple[Node, None, None] | None:
     scales, shifts = bool((found.scale != 1).any()), bool(found.shift.any())
     weight = layer.scaled(found.scale, layer.view.out_axis) if scales else None
     several = isinstance(m.root.meta.get("val"), tuple | list)
+    if several and any(u.target is not operator.getitem or u.args[1] != 0 for u in m.root.users):
+        rw.decline("its other outputs are read")
     bias = found.scale * layer.beta * layer.bias() + found.shift if shifts or layer.view.bias is not None else None
     new = layer.rebuilt(like=m.op, weight=weight, bias=bias)
     if new is None and scales:
@@ -212,7 +218,8 @@ PRE = OneOf(Op(BatchNorm, "pre", single_use=True), Op(Elementwise, "pre", single
 @rule(_layer(PRE, single_use=False))
 def fold_before(m: Match, rw: Rewriter) -> Node | None:
     """W (s x + t) + b -> (W s) x + (b + sum_i W t)"""
-    if not any(is_const(v) or isinstance(v, int | float) for v in m.pre.args) and view(BatchNorm, m.pre) is None:
+    arithmetic = view(Elementwise, m.pre)
+    if arithmetic is not None and not any(is_const(v) or isinstance(v, int | float) for v in arithmetic.inputs):
         return None
     layer = Layer(m.op, rw)
     found = affine(m.pre, layer.input_axis, layer.inputs, _rank_before(m.pre, layer))
@@ -245,7 +252,7 @@ def _is_uniform(layer: Conv | Linear) -> bool:
 
 def _scale_under_shift(pre: Node, shift: Affine, layer: Layer) -> Node:
     """Padded W (s x + t) + b -> (s W) (x + t / s) + b for one s; t is the constant that `pre` adds."""
-    constants = [v for v in pre.args if is_const(v)]
+    constants = [v for v in pre.all_input_nodes if is_const(v)]
     scale = affine(shift.x, layer.input_axis, layer.inputs, _rank_before(shift.x, layer)) if len(shift.x.users) == 1 else None
     one_scale = scale is not None and not scale.per_channel and not scale.shift.any() and bool(scale.scale.all())
     if scale is None or not one_scale or len(constants) != 1 or bool((shift.scale != 1).any()):

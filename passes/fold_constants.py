@@ -17,18 +17,18 @@ from torch import Tensor
 from torch.fx import GraphModule, Node, map_arg
 
 from qgraph.errors import ModelError
+from qgraph.onnx_node import attr
 from qgraph.onnx_ops import OnnxOp
 from qgraph.pipeline import EQUIVALENT, Context, Contract, Pass
 from qgraph.rewrite import BISECTION, Decline, Rewriter, graph_modules, is_pure, replace
 from qgraph.text import path_of
-from qgraph.types import TensorType, type_of
+from qgraph.types import TensorType, attribute, type_of
 from qgraph.views import (
     DataMovement,
     Dequantize,
     DynamicQuantize,
     FakeQuantize,
     Quantize,
-    attribute,
     const_value,
     is_const,
     view,
@@ -56,7 +56,7 @@ class FoldConstants(Pass):
         for node in list(gm.graph.nodes):
             if node._erased or node.op != "call_function":
                 continue
-            found = shape_constant(node)
+            found: Tensor | Sequence[Any] | None = shape_constant(node)
             if found is None and foldable(node):
                 found = self.evaluate(node, ctx)
             if found is None or not BISECTION.allows(self.name, node):
@@ -72,25 +72,41 @@ class FoldConstants(Pass):
 
     def evaluate(self, node: Node, ctx: Context) -> Tensor | Sequence[Any] | None:
         """The node's value, or None with a reason in the context's declines."""
+        # Constants that die with the node make room; a change of type may double them.
         allowed = self.limit + 2 * sum(_bytes(n) for n in node.all_input_nodes if len(n.users) == 1)
-        if (size := _expected_bytes(node)) is None or size > allowed:
-            return self.decline(node, ctx, "its size is not known before it runs" if size is None else f"it would add {size} bytes")
         try:
-            with torch.no_grad():
-                args, kwargs = map_arg((node.args, node.kwargs), attribute)
-                value = node.target(*args, **kwargs)  # type: ignore[operator]
-        except (ModelError, RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
-            return self.decline(node, ctx, f"it cannot be run here: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
-        values = value if isinstance(value, tuple | list) else (value,)
-        if not all(isinstance(v, Tensor) for v in values):
-            return self.decline(node, ctx, "its value is not a tensor")
-        if (size := sum(v.numel() * v.element_size() for v in values)) > allowed:
-            return self.decline(node, ctx, f"it would add {size} bytes")
-        # A value that aliases a stored tensor must not share its memory: buffers are changed in place by training.
-        return value.clone() if isinstance(value, Tensor) else [v.clone() for v in values]
+            return _value(node, allowed)
+        except _Refused as refused:
+            ctx.declines.append(Decline(self.name, node.name, path_of(node), str(refused)))
+            return None
 
-    def decline(self, node: Node, ctx: Context, reason: str) -> None:
-        ctx.declines.append(Decline(self.name, node.name, path_of(node), reason))
+
+class _Refused(Exception):
+    """Why a node of constants is not folded."""
+
+
+def _value(node: Node, allowed: int) -> Tensor | Sequence[Any]:
+    """The node's value. Raises _Refused when it is larger than `allowed` bytes or cannot be had."""
+    _require_small(_expected_bytes(node), allowed)
+    args, kwargs = map_arg((node.args, node.kwargs), attribute)
+    try:
+        with torch.no_grad():
+            value = node.target(*args, **kwargs)  # type: ignore[operator]
+    except (ModelError, RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+        raise _Refused(f"it cannot be run here: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+    values = value if isinstance(value, tuple | list) else (value,)
+    if not all(isinstance(v, Tensor) for v in values):
+        raise _Refused("its value is not a tensor")
+    _require_small(sum(v.numel() * v.element_size() for v in values), allowed)
+    # A value that aliases a stored tensor must not share its memory: buffers are changed in place by training.
+    return value.clone() if isinstance(value, Tensor) else [v.clone() for v in values]
+
+
+def _require_small(size: int | None, allowed: int) -> None:
+    if size is None:
+        raise _Refused("its size is not known before it runs")
+    if size > allowed:
+        raise _Refused(f"it would add {size} bytes")
 
 
 def foldable(node: Node) -> bool:
@@ -152,7 +168,8 @@ def _shape_of(node: Any) -> Sequence[Any] | None:
     kind = type_of(source) if isinstance(source, Node) else None
     if kind is None or kind.shape is None:
         return None
-    return kind.shape[slice(node.kwargs.get("start", 0), node.kwargs.get("end"))]
+    start, end = attr(node, "start", 0), attr(node, "end")
+    return kind.shape[start:end]
 
 
 def _numbers(dims: Sequence[Any]) -> Tensor | None:

@@ -26,10 +26,10 @@ _ENCODING: dict[str, Any] = {k: Var(k) for k in ("dtype", "axis", "group")}
 def fold_constant(m: Match, rw: Rewriter) -> Node:
     """The integers are stored under the constant's name and take its place; scale and zero point stay where they are."""
     _require_float_type_of_scale(m, rw)
-    values = [const_value(n) for n in (m.x, m.scale, m.zero_point)]
-    if values[0] is None or values[1] is None:
+    value, scale, zero_point = const_value(m.x), const_value(m.scale), const_value(m.zero_point)
+    if value is None or scale is None:
         rw.decline(f"@{m.x.target} or its scale is of a type that torch lacks")
-    q = rw.const(quantize(*values, m.dtype, m.axis, m.group), name=f"{m.x.target}_{m.dtype}")
+    q = rw.const(quantize(value, scale, zero_point, m.dtype, m.axis, m.group), name=f"{m.x.target}_{m.dtype}")
     return rw.call(Q.dequantize.default, q, m.scale, m.zero_point, m.dtype, m.axis, m.group, like=m.root)
 
 

@@ -13,11 +13,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qgraph.ops import Q
-from qgraph.pattern import Const, Inputs, Match, Op, OneOf, Var, item
+from qgraph.pattern import Const, Inputs, Match, OneOf, Op, Var, item
 from qgraph.pipeline import EQUIVALENT, Context, Contract, Pass
 from qgraph.rewrite import Rewriter, Rule, rule
 from qgraph.types import int_range, storage, type_of
@@ -30,6 +31,8 @@ WEIGHT = Op(Dequantize, "weight")
 FUSED_LINEAR = Op(Q.quantized_linear.default, "fused", y_dtype=None)
 FUSED_CONV = Op(Q.quantized_conv.default, "fused", y_dtype=None)
 DEQUANT_LINEAR = Op(Q.dequant_linear.default, "fused")
+
+INT32 = 2**31
 
 Weight = tuple[Node, Node, Node | None]
 """Integers [N, ...], scale, zero point."""
@@ -53,7 +56,7 @@ def _fuse_quantized_linear(m: Match, rw: Rewriter) -> Node:
     if x.axis is not None and x.group != -1:
         rw.decline(f"x has scales along axis {x.axis}; an integer sum needs one for the tensor or one per row")
     q, scale, zero_point = _linear_weight(rw, linear, w)
-    _require_int32(rw, x, q, zero_point)
+    _require_int32(rw, x, w, q, zero_point)
     bias = _bias(rw, linear.bias, _size(q), rank=1)
     weight = (q, scale, zero_point, w.dtype, bias)
     return rw.call(Q.quantized_linear.default, x.q, x.scale, x.zero_point, x.dtype, *weight, like=m.root)
@@ -102,7 +105,7 @@ def _fuse_quantized_conv(m: Match, rw: Rewriter) -> Node:
     if x.axis is not None:
         rw.decline(f"x has scales along axis {x.axis}; an integer convolution needs one for the tensor")
     q, scale, zero_point = _conv_weight(rw, conv, w)
-    _require_int32(rw, x, q, zero_point)
+    _require_int32(rw, x, w, q, zero_point)
     weight = (q, scale, zero_point, w.dtype, _bias(rw, conv.bias, _size(q), rank=1))
     window = _window(rw, conv)
     return rw.call(Q.quantized_conv.default, x.q, x.scale, x.zero_point, x.dtype, *weight, *window, like=m.root)
@@ -192,23 +195,30 @@ def _require_stored(rw: Rewriter, w: Dequantize, *, rank: int) -> None:
         rw.decline(f"the weight has rank {value.dim()}, not {rank}")
 
 
-def _require_int32(rw: Rewriter, x: Dequantize, q: Node, zero_point: Node | None) -> None:
+def _require_int32(rw: Rewriter, x: Dequantize, w: Dequantize, q: Node, zero_point: Node | None) -> None:
     """No sum of products may leave int32, whatever x is: |sum| <= max|X - z_x| * sum_k |W - z_w|."""
-    weight, zero = const_value(q), None if zero_point is None else const_value(zero_point)
+    weight = const_value(q)
     assert weight is not None
-    wide = weight.flatten(1).double()
-    if zero_point is not None:
-        if zero is None:
-            rw.decline("the weight's zero point is not a constant")
-        wide = wide - zero.double().reshape(-1, 1)
-    low, high = int_range(x.dtype)
-    centre = const_value(x.zero_point) if x.zero_point is not None else None
-    reach = max(high, -low) if x.zero_point is None else high - low
-    if centre is not None and centre.numel() == 1:
-        reach = max(high - int(centre), int(centre) - low)
-    worst = reach * (float(wide.abs().sum(1).amax()) if wide.numel() else 0.0)
-    if worst >= 2**31:
-        rw.decline(f"the sum over {wide.shape[1]} products of {x.dtype} with these weights may reach {worst:.3g}, beyond int32")
+    rows = weight.flatten(1)
+    reach, span = _reach(x.zero_point, x.dtype), _reach(zero_point, w.dtype)
+    worst = float(reach * span * rows.shape[1])
+    zero = None if zero_point is None else const_value(zero_point)
+    if worst >= INT32 and (zero_point is None or zero is not None):  # only then is it worth the time to look at the weights
+        wide = rows.double() - (0 if zero is None else zero.double().reshape(-1, 1))
+        worst = reach * float(wide.abs().sum(1).amax())
+    if worst >= INT32:
+        rw.decline(f"the sum over {rows.shape[1]} products of {x.dtype} with these weights may reach {worst:.3g}, beyond int32")
+
+
+def _reach(zero_point: Node | None, dtype: str) -> int:
+    """The largest |q - zero_point| that the type allows."""
+    low, high = int_range(dtype)
+    if zero_point is None:
+        return max(high, -low)
+    value = const_value(zero_point)
+    if value is None or value.numel() == 0:
+        return high - low
+    return max(high - int(value.to(torch.int32).min()), int(value.to(torch.int32).max()) - low)
 
 
 def _bias(rw: Rewriter, bias: Node | None, n: int, *, rank: int) -> Node | None:

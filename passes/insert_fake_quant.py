@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
+from qgraph.edit import Prologue, add_constant, graph_modules
 from qgraph.observe import Observer, range_of
 from qgraph.ops import choose_qparams
-from qgraph.passes.insert_observers import QUANTIZE, after
+from qgraph.passes.insert_observers import QUANTIZE
 from qgraph.pipeline import LOSSY, Context, Contract, Pass
-from qgraph.rewrite import add_constant, graph_modules
 from qgraph.text import path_of
 from qgraph.types import QSpec, type_of
 from qgraph.views import Conv, Embedding, Linear, const_value, view_any
@@ -42,7 +42,7 @@ class _Insert:
     """One graph. A constant, or a value, that several consumers read in the same format is quantized once."""
 
     def __init__(self, gm: GraphModule) -> None:
-        self.gm = gm
+        self.gm, self.prologue = gm, Prologue(gm)
         self.weights: dict[tuple[str, QSpec], Node] = {}
         self.dynamic: dict[tuple[Node, QSpec], Node] = {}
         self.scales: dict[str, Names] = {}
@@ -65,9 +65,7 @@ class _Insert:
         return count
 
     def observed(self, node: Node, found: Observer) -> None:
-        (value,) = node.args
-        if not isinstance(value, Node):
-            raise AssertionError("insert_observers gives an observer one operand")
+        (value,) = node.all_input_nodes
         target = str(node.target)
         if target not in self.scales:
             scale, zero_point = found.qparams()
@@ -95,7 +93,7 @@ class _Insert:
 
     def fake_quantize(self, value: Node, names: Names, spec: QSpec) -> Node:
         graph = self.gm.graph
-        with graph.inserting_before(after(value)):
+        with graph.inserting_before(self.prologue.after(value)):
             scale, zero_point = (None if n is None else graph.get_attr(n) for n in names)
             new = graph.call_function(qg.fake_quantize.default, (value, scale, zero_point, spec.dtype, spec.axis, spec.group))
         return self.described(new, value)
@@ -103,7 +101,7 @@ class _Insert:
     def at_run_time(self, value: Node, spec: QSpec) -> Node:
         if (value, spec) not in self.dynamic:
             graph = self.gm.graph
-            with graph.inserting_before(after(value)):
+            with graph.inserting_before(self.prologue.after(value)):
                 found = graph.call_function(qg.dynamic_quantize.default, (value, spec.dtype, spec.symmetric, spec.axis, spec.group))
                 q, scale, zero_point = (graph.call_function(operator.getitem, (found, i)) for i in range(3))
                 new = graph.call_function(qg.dequantize.default, (q, scale, zero_point, spec.dtype, spec.axis, spec.group))

@@ -14,13 +14,13 @@ from torch.fx import GraphModule, Node
 
 from qgraph.annotate import annotate, check_rules
 from qgraph.backend import Placement
+from qgraph.edit import Prologue, graph_modules
 from qgraph.errors import ModelError
 from qgraph.ledger import state
 from qgraph.observe import Observer, observer
 from qgraph.pipeline import EXACT, Context, Contract, Pass
 from qgraph.recipe import Recipe
 from qgraph.regions import Group
-from qgraph.rewrite import graph_modules
 from qgraph.text import path_of
 
 QUANTIZE = "quantize"
@@ -49,8 +49,9 @@ class InsertObservers(Pass):
             found = annotate(part, self.recipe, self.placement, ledger)
             for node, specs in found.operands.items():
                 node.meta[QUANTIZE] = specs
+            prologue = Prologue(part)
             for i, group in enumerate(found.groups):
-                self.observe(part, f"observer_{i}", group)
+                self.observe(part, prologue, f"observer_{i}", group)
             part.graph.lint()
             part.recompile()
             count += len(found)
@@ -59,22 +60,14 @@ class InsertObservers(Pass):
             raise ModelError(f"nothing to quantize in this model with recipe {self.recipe.name}: {'; '.join(reasons[:3])}")
         return count
 
-    def observe(self, gm: GraphModule, target: str, group: Group) -> None:
+    def observe(self, gm: GraphModule, prologue: Prologue, target: str, group: Group) -> None:
         """One observer, called once for each value of the group, between the value and those that read it quantized."""
         label = " = ".join(path_of(v) for v in group.consumers)
         options: Mapping[str, object] = self.recipe.observer_options
         gm.add_submodule(target, observer(self.recipe.observer, group.spec, name=label, **options))
         for value, consumers in group.consumers.items():
-            with gm.graph.inserting_before(after(value)):
+            with gm.graph.inserting_before(prologue.after(value)):
                 watched: Node = gm.graph.call_module(target, (value,))
             watched.meta.update({k: value.meta[k] for k in ("val", "type") if k in value.meta})
             for consumer in consumers:
                 consumer.replace_input_with(value, watched)
-
-
-def after(value: Node) -> Node:
-    """The node to insert before, to come right after `value`: placeholders stay together at the top of the graph."""
-    found: Node = value.next
-    while value.op == "placeholder" and found.op == "placeholder":
-        found = found.next
-    return found

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import onnx_ir as ir
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.nn import Module
 
 from qgraph.pipeline import EXACT, Context, Contract, Pass
@@ -17,29 +17,30 @@ from qgraph.rewrite import erase, graph_modules, is_pure
 
 @dataclass(frozen=True)
 class RemoveDead(Pass):
-    """Dead code and dead data. The count is nodes plus tensors and submodules removed."""
+    """Dead code and dead data. The count is calls plus stored tensors and submodules removed."""
 
     contract: ClassVar[Contract] = EXACT
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
-        return sum(_remove(body) for body in list(graph_modules(gm)))
+        return sum(_remove(body) for body in graph_modules(gm))
 
 
 def _remove(gm: GraphModule) -> int:
-    nodes = _dead_nodes(gm)
-    data = _dead_data(gm)
-    if nodes:
+    before = len(gm.graph.nodes)
+    count = _dead_nodes(gm) + _dead_data(gm)
+    if len(gm.graph.nodes) != before:
         gm.graph.lint()
         gm.recompile()
-    return nodes + data
+    return count
 
 
 def _dead_nodes(gm: GraphModule) -> int:
-    before = len(gm.graph.nodes)
+    """The number of calls removed; reads of stored tensors are counted with the tensors."""
+    removed: list[Node] = []
     for node in reversed(list(gm.graph.nodes)):
-        if not node.users and not node._erased and node.op not in ("placeholder", "output") and is_pure(node):
-            erase(node)
-    return before - len(gm.graph.nodes)
+        if not node._erased and not node.users and node.op not in ("placeholder", "output") and is_pure(node):
+            removed += erase(node)[0]
+    return sum(n.op != "get_attr" for n in removed)
 
 
 def _dead_data(gm: GraphModule) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ from qgraph.errors import CalibrationError, ModelError
 from qgraph.ledger import Stage, state
 from qgraph.onnx_io import from_onnx
 from qgraph.onnx_ops import OnnxOp
-from qgraph.passes import Canonicalize, FoldBatchNorm, FoldConstants, FoldFakeQuant, InsertFakeQuant, InsertObservers, RemoveDead
+from qgraph.passes import Canonicalize, FoldBatchNorm, FoldConstants, FoldFakeQuant, InferTypes, InsertFakeQuant, InsertObservers, RemoveDead
 from qgraph.pipeline import Context, Pass, Pipeline, Verify
 from qgraph.recipe import Recipe, load_recipe
 from qgraph.text import where
-from qgraph.views import Dequantize, DynamicQuantize, FakeQuantize, Quantize, view_any
+from qgraph.views import Cast, Dequantize, DynamicQuantize, FakeQuantize, Quantize, const_value, view, view_any
 
 Model = torch.nn.Module | torch.export.ExportedProgram | GraphModule | onnx.ModelProto | onnx_ir.Model | str | PathLike[str]
 Source = str | Recipe | Path
@@ -35,7 +35,7 @@ QUANTIZED_OPS = frozenset(
 )
 """ONNX operations that only quantized models have."""
 
-PREPARE: tuple[Pass, ...] = (Canonicalize(), FoldConstants(), FoldBatchNorm(), RemoveDead())
+PREPARE: tuple[Pass, ...] = (InferTypes(), Canonicalize(), FoldConstants(), FoldBatchNorm(), RemoveDead())
 """What every model goes through before it is annotated; none of them changes numbers beyond float rounding."""
 
 
@@ -118,9 +118,7 @@ def quantize(
 
     `batches` is needed by static recipes only. Raises what those functions raise."""
     recipe = load_recipe(recipe)
-    prepared = prepare(
-        model, example_inputs, recipe=recipe, backend=backend, dynamic_shapes=dynamic_shapes, verify=verify
-    )
+    prepared = prepare(model, example_inputs, recipe=recipe, backend=backend, dynamic_shapes=dynamic_shapes, verify=verify)
     if recipe.static:
         if batches is None:
             raise CalibrationError(f"recipe {recipe.name} needs calibration data: give batches, or take {recipe.name}-dynamic")
@@ -136,13 +134,19 @@ def _check_float(gm: GraphModule) -> None:
     for part in graph_modules(gm):
         found = [n for n in part.graph.nodes if _is_quantized(n)]
         if found:
-            raise ModelError(f"the model is quantized already ({len(found)} operations, the first at {where(found[0])}); take the float model")
+            raise ModelError(
+                f"the model is quantized already ({len(found)} operations, the first at {where(found[0])}); take the float model"
+            )
 
 
 def _is_quantized(node: Node) -> bool:
     if view_any((Quantize, Dequantize, FakeQuantize, DynamicQuantize), node) is not None:
         return True
-    return isinstance(node.target, OnnxOp) and node.target.op_type in QUANTIZED_OPS
+    if isinstance(node.target, OnnxOp) and node.target.op_type in QUANTIZED_OPS:
+        return True
+    cast = view(Cast, node)  # a weight in Cast(int8) * scale
+    stored = const_value(cast.x) if cast is not None and "float" in cast.to else None
+    return stored is not None and stored.dtype in (torch.int8, torch.uint8) and stored.dim() > 1
 
 
 def _run(gm: GraphModule, *passes: Pass, verify: Verify | None) -> None:

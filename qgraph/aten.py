@@ -40,9 +40,9 @@ def _rank(node: Any) -> int | None:
     return None if t is None else t.rank
 
 
-def _numbers(value: Sequence[Any] | Any, n: int) -> tuple[int, ...] | None:
+def _numbers(value: Any, n: int) -> tuple[int, ...] | None:
     """torch's int[n] argument, where one number stands for all; None when a number is symbolic."""
-    values = list(value) if isinstance(value, list | tuple) else [value]
+    values: list[Any] = list(value) if isinstance(value, list | tuple) else [value]
     if not all(isinstance(v, int) for v in values):
         return None
     return tuple(values * n if len(values) == 1 else values)
@@ -123,14 +123,17 @@ def _batched(node: Node, n: int) -> bool:
     return _rank(operands(node)["input"]) in (n + 2, None)
 
 
-def _register_convs() -> None:
-    for n, plain, back in ((1, aten.conv1d, aten.conv_transpose1d.default), (2, aten.conv2d, aten.conv_transpose2d.input),
-                           (3, aten.conv3d, aten.conv_transpose3d.input)):  # fmt: skip
-        for target, transposed in ((plain.default, False), (plain.padding, False), (back, True)):
-            implements(Conv, target)(lambda node, n=n, t=transposed: _conv(node, n=n, transposed=t) if _batched(node, n) else None)
+def _conv_of(n: int, *, transposed: bool) -> Callable[[Node], Conv | None]:
+    return lambda node: _conv(node, n=n, transposed=transposed) if _batched(node, n) else None
 
 
-_register_convs()
+for _n, _plain, _back in (
+    (1, aten.conv1d, aten.conv_transpose1d.default),
+    (2, aten.conv2d, aten.conv_transpose2d.input),
+    (3, aten.conv3d, aten.conv_transpose3d.input),
+):
+    implements(Conv, _plain.default, _plain.padding)(_conv_of(_n, transposed=False))
+    implements(Conv, _back)(_conv_of(_n, transposed=True))
 
 
 @implements(Conv, aten.convolution.default, aten._convolution.default)
@@ -179,31 +182,14 @@ def _instance_norm(node: Node) -> Norm | None:
     return Norm("instance", o["input"], o["weight"], o["bias"], _last(rank - 2), o["eps"])
 
 
-@implements(BatchNorm, aten.batch_norm.default, aten.native_batch_norm.default, aten.cudnn_batch_norm.default)
+# Spellings with several results (native_batch_norm and its kin) become batch_norm at capture: a rewrite replaces one value by one.
+@implements(BatchNorm, aten.batch_norm.default)
 def _batch_norm(node: Node) -> BatchNorm | None:
     o = operands(node)
     mean, var = o["running_mean"], o["running_var"]
     if o["training"] or not isinstance(mean, Node) or not isinstance(var, Node):
         return None
-    return BatchNorm(o["input"], o["weight"], o["bias"], mean, var, o.get("eps", o.get("epsilon")))
-
-
-# The forms with several results: getitem 0 is the normalised tensor, so a consumer sees the node only through getitem.
-@implements(BatchNorm, aten._native_batch_norm_legit_no_training.default)
-def _batch_norm_inference(node: Node) -> BatchNorm:
-    o = operands(node)
-    return BatchNorm(o["input"], o["weight"], o["bias"], o["running_mean"], o["running_var"], o["eps"])
-
-
-@implements(Norm, aten.native_layer_norm.default)
-def _native_layer_norm(node: Node) -> Norm:
-    return _layer_norm(node)
-
-
-@implements(Norm, aten.native_group_norm.default)
-def _native_group_norm(node: Node) -> Norm:
-    o = operands(node)
-    return Norm("group", o["input"], o["weight"], o["bias"], (), o["eps"])
+    return BatchNorm(o["input"], o["weight"], o["bias"], mean, var, o["eps"])
 
 
 # Elementwise

@@ -72,7 +72,8 @@ def _swap(x: Node, a: int, b: int) -> DataMovement:
 @implements(DataMovement, aten.transpose.int, aten.swapaxes.default)
 def _transpose(node: Node) -> DataMovement:
     o = operands(node)
-    return _swap(o["self"], o.get("dim0", o.get("axis0")), o.get("dim1", o.get("axis1")))
+    x, first, second = o.values()
+    return _swap(x, first, second)
 
 
 @implements(DataMovement, aten.t.default, aten.numpy_T.default)
@@ -119,13 +120,6 @@ def _pool(kind: str) -> Callable[[Node], Pool]:
 
 implements(Pool, aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)(_pool("max"))
 implements(Pool, aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)(_pool("average"))
-
-
-@implements(Pool, aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default)
-def _max_pool_with_indices(node: Node) -> Pool | None:
-    # Two results: the view is for getitem 0 alone.
-    picked = {user.args[1] for user in node.users if user.target is operator.getitem}
-    return Pool("max", operands(node)["self"]) if picked == {0} else None
 
 
 @implements(

@@ -116,8 +116,9 @@ class _Stream:
             raise CalibrationError(f"{self._where} is no numpy array: {e}") from e
         if self._dtype.hasobject:
             raise CalibrationError(f"{self._where} holds pickled Python objects, which are never loaded; save plain numbers")
-        if fortran and len(self._shape) > 1:
-            raise CalibrationError(f"{self._where} is in Fortran order; save numpy.ascontiguousarray(...) of it")
+        self._whole: np.ndarray | None = None
+        if fortran and len(self._shape) > 1:  # samples are not together in the file
+            self._whole, self._next = self._take(self._shape[::-1]).T, 0
 
     @property
     def length(self) -> int:
@@ -127,7 +128,12 @@ class _Stream:
 
     def read(self, rows: int | None) -> np.ndarray:
         """The next `rows` samples, or with None the whole array."""
-        shape = self._shape if rows is None else (rows, *self._shape[1:])
+        if self._whole is not None:
+            start, self._next = self._next, self._next + (rows or 0)
+            return self._whole if rows is None else self._whole[start : self._next]
+        return self._take(self._shape if rows is None else (rows, *self._shape[1:]))
+
+    def _take(self, shape: tuple[int, ...]) -> np.ndarray:
         array = np.empty(shape, self._dtype)
         data = self._file.read(array.nbytes)
         if len(data) != array.nbytes:

@@ -97,9 +97,10 @@ def _bar(total: int | None, show: bool | None) -> Iterator[Any]:
     if not (sys.stderr.isatty() if show is None else show):
         yield lambda samples: None
         return
-    columns = (TextColumn("calibrating"), BarColumn(), MofNCompleteColumn(), TextColumn("batches"), TextColumn("{task.fields[rate]}"))
+    done = TextColumn("calibrating"), BarColumn(), MofNCompleteColumn(), TextColumn("batches"), TextColumn("{task.fields[rate]}")
+    left = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
     console = Console(stderr=True)
-    with Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console, transient=True) as bar:
+    with Progress(*done, *left, console=console, transient=console.is_terminal) as bar:
         task = bar.add_task("", total=total, rate="")
 
         def advance(samples: int) -> None:

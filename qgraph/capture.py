@@ -6,15 +6,17 @@ import inspect
 import io
 import logging
 import operator
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
-from typing import Any
+from textwrap import shorten
+from typing import Any, TypeVar
 
 import torch
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.export import ExportedProgram
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.fx._pytree import tree_flatten_spec
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
@@ -24,6 +26,7 @@ from qgraph.interface import dim_names, output_names, register_output_types
 from qgraph.ledger import State
 from qgraph.origin import error_line
 
+T = TypeVar("T")
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -76,7 +79,8 @@ def _is_aten(gm: GraphModule) -> bool:
         if node.op in ("call_module", "call_method"):
             return False
         if node.op == "call_function" and not isinstance(node.target, OpOverload | HigherOrderOperator):
-            if node.target is not operator.getitem and not isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool):
+            sized = isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool)
+            if not sized and node.target is not operator.getitem:
                 return False
         if node.op in ("call_function", "placeholder") and "val" not in node.meta:
             return False
@@ -114,55 +118,58 @@ def _described(
 
 
 def _exported(module: torch.nn.Module, inputs: Inputs, dynamic_shapes: Any) -> ExportedProgram:
-    """torch.export in eval mode, tracing Python as it runs and, where that fails, by torch's bytecode analysis."""
+    """torch.export in eval mode: following Python as it runs or, where that fails, by torch's bytecode analysis.
+
+    The error that is reported is the first one: it was raised at the module's own line."""
     with _evaluating(module):
-        try:
-            return _export(module, inputs, dynamic_shapes, strict=False)
-        # Case: any type of error; forward() is the user's code and torch has no base class for what export raises.
-        except Exception as error:
-            first = error
-        if register_output_types(_answer(module, inputs, first)):
-            return _retried(module, inputs, dynamic_shapes, first, strict=False)
-        return _retried(module, inputs, dynamic_shapes, first, strict=True)
+        first = _attempt(lambda: _export(module, inputs, dynamic_shapes, strict=False))
+        if isinstance(first, ExportedProgram):
+            return first
+        if isinstance(first, GuardOnDataDependentSymNode):
+            raise _explained(module, first) from first
+        answer = _attempt(lambda: torch.no_grad()(module)(*inputs[0], **inputs[1]))
+        if isinstance(answer, Exception):
+            raise _refused(module, answer) from answer
+        strict = not register_output_types(answer)
+        second = _attempt(lambda: _export(module, inputs, dynamic_shapes, strict=strict))
+        if isinstance(second, ExportedProgram):
+            return second
+        raise _explained(module, first) from first
 
 
 def _export(module: torch.nn.Module, inputs: Inputs, dynamic_shapes: Any, *, strict: bool) -> ExportedProgram:
-    with _quiet():
+    with _quiet(), _unfused():
         return torch.export.export(module, inputs[0], inputs[1], dynamic_shapes=dynamic_shapes, strict=strict)
 
 
-def _retried(module: torch.nn.Module, inputs: Inputs, dynamic_shapes: Any, first: Exception, *, strict: bool) -> ExportedProgram:
-    """A second way, unless the first error says that there is none; the error that is reported is the first."""
-    if isinstance(first, GuardOnDataDependentSymNode):
-        raise _explained(module, first) from first
+def _attempt(call: Callable[[], T]) -> T | Exception:
+    """The result or the error, of any type: forward() is the user's code, and what export raises has no common base."""
     try:
-        return _export(module, inputs, dynamic_shapes, strict=strict)
-    except Exception:
-        raise _explained(module, first) from first
+        return call()
+    except Exception as error:  # noqa: BLE001  (see above; every caller turns it into a CaptureError)
+        return error
 
 
-def _answer(module: torch.nn.Module, inputs: Inputs, error: Exception) -> Any:
-    """What the module itself returns for the example inputs. Raises CaptureError when it fails on them as well."""
-    try:
-        with torch.no_grad():
-            return module(*inputs[0], **inputs[1])
-    except Exception as own:
-        at = error_line(own)
-        raise CaptureError(
-            f"{type(module).__name__} fails on the example inputs themselves{f' at {at}' if at else ''} ({_sentence(own)}); "
-            "give example_inputs that forward() accepts"
-        ) from error
+def _refused(module: torch.nn.Module, error: Exception) -> CaptureError:
+    name, at = type(module).__name__, error_line(error)
+    where = f" at {at}" if at else ""
+    return CaptureError(f"{name} fails on the example inputs themselves{where} ({_reason(error)}); give example_inputs that forward() accepts")
 
 
 def _explained(module: torch.nn.Module, error: Exception) -> CaptureError:
     at = error_line(error)
-    return CaptureError(f"cannot capture {type(module).__name__}{f' at {at}' if at else ''} ({_sentence(error)}); {_remedy(error)}")
+    return CaptureError(f"cannot capture {type(module).__name__}{f' at {at}' if at else ''} ({_reason(error)}); {_remedy(error)}")
 
 
-def _sentence(error: Exception) -> str:
-    """The first line of the error's text."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0].rstrip('. :')}" if text else type(error).__name__
+def _reason(error: Exception) -> str:
+    """The error in a line: its first one, and the first point of a list that follows."""
+    if isinstance(error, GuardOnDataDependentSymNode):
+        return "this needs the value of a tensor, which only exists at run time"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    points = [line for line in lines[1:] if line.startswith("- ")]
+    advice = re.compile(r"For more information, run with TORCH_LOGS\S*|If you're using .*")
+    text = advice.sub("", f"{type(error).__name__}: {lines[0]} {points[0] if points else ''}")
+    return shorten(text, width=240, placeholder="...").rstrip(". :")
 
 
 def _remedy(error: Exception) -> str:
@@ -172,21 +179,36 @@ def _remedy(error: Exception) -> str:
     if "numpy" in text:
         return "use the torch function instead of numpy's"
     if "dynamic_shapes" in text or "Constraints violated" in text:
-        return "change dynamic_shapes, or the line that fixes the size"
+        return "change dynamic_shapes, or the line that fixes the size, and give examples of size 2 or more: a size of 1 becomes fixed"
     return "write this line with torch operations, or export the model to ONNX and use qgraph.from_onnx"
 
 
 @contextmanager
 def _evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Eval mode by the flags alone: train() and eval() may be overridden and do work that cannot be undone."""
-    training = [m for m in module.modules() if m.training]
-    for m in training:
+    """Eval mode by the flags alone, since train() and eval() may be overridden and do work that cannot be undone; afterwards every
+    attribute is what it was, also those that forward() sets (while tracing, to tensors without data)."""
+    before = [(space, dict(space)) for m in module.modules() for space in (m.__dict__, m._buffers, m._parameters)]
+    for m in module.modules():
         m.training = False
     try:
         yield
     finally:
-        for m in training:
-            m.training = True
+        for space, values in before:
+            if space.keys() != values.keys() or any(space[k] is not v for k, v in values.items()):
+                space.clear()
+                space.update(values)
+
+
+@contextmanager
+def _unfused() -> Iterator[None]:
+    """Without gradients torch's own transformer layers take a path of one opaque operator each."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextmanager

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -86,6 +88,7 @@ def quantize(
 
     FUNCTION takes no arguments and returns (module, example_inputs), or (module, example_inputs, dynamic_shapes)."""
     _check_paths(source, output)
+    _quiet()
     from qgraph.backend import get_backend
     from qgraph.recipe import load_recipe
 
@@ -97,6 +100,13 @@ def quantize(
     program.save(output)
     report = _report(source, output, wanted, prepared.meta["qgraph"].ledger, program.kernels())
     click.echo(json.dumps(report) if as_json else _report_text(report))
+
+
+def _quiet() -> None:
+    """What torch says to its own developers while it exports is no business of a shell user."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore", FutureWarning)
+    warnings.simplefilter("ignore", DeprecationWarning)
 
 
 def _check_paths(source: str, output: Path) -> None:
@@ -203,4 +213,5 @@ def diff(before: str, after: str) -> None:
     from qgraph.onnx_io import from_onnx
     from qgraph.text import diff as text_diff
 
-    click.echo(text_diff(from_onnx(before), from_onnx(after)), nl=False)
+    if found := text_diff(from_onnx(before), from_onnx(after)):
+        click.echo(found)

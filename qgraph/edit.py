@@ -61,6 +61,22 @@ def add_constant(gm: GraphModule, name_hint: str, value: Any) -> str:
     return name
 
 
+class Prologue:
+    """Where to insert what reads a value: never between the inputs and stored tensors with which a graph begins."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        self.header: set[Node] = set()
+        for node in gm.graph.nodes:
+            if node.op not in ("placeholder", "get_attr"):
+                self.end = node
+                break
+            self.header.add(node)
+
+    def after(self, value: Node) -> Node:
+        """The node to insert before, to come after `value`."""
+        return self.end if value in self.header else value.next
+
+
 def replace(node: Node, new: Node | tuple[Node | None, ...]) -> None:
     """Let every user of `node` read `new`, then remove `node` with the inputs that die with it.
 
@@ -94,7 +110,7 @@ def is_pick(user: Node, node: Node) -> bool:
 
 
 def _output(node: Node, new: tuple[Node | None, ...], index: Any) -> Node:
-    found = new[index] if -len(new) <= index < len(new) else None
+    found: Node | None = new[index] if -len(new) <= index < len(new) else None
     if found is None:
         raise VerificationError(f"output {index} of %{node.name} is still read, but its replacement has no such output")
     return found
@@ -168,17 +184,26 @@ def _is_pure_function(target: Any) -> bool:
     return module.split(".")[0] in {"torch", "math", "_VariableFunctions"} and not name.endswith("_") and "dropout" not in name
 
 
+def named_targets(gm: GraphModule) -> set[str]:
+    """Paths of what something names: nodes, and the list of functions of an ONNX file, which stay whether called or not."""
+    functions = getattr(gm.meta.get("onnx_model"), "functions", {})
+    return {str(n.target) for n in gm.graph.nodes if n.op in ("get_attr", "call_module")} | set(functions.values())
+
+
 def copy_graph(gm: GraphModule) -> GraphModule:
     """A copy with nodes and nested graphs of its own that shares all tensors and other modules with `gm`.
 
-    `gm.meta` is copied one level deep; a State in it is copied with its ledger."""
+    `gm.meta` is copied one level deep; a State in it is copied with its ledger. A body that several nodes share stays shared."""
+    return _copy(gm, {})
+
+
+def _copy(gm: GraphModule, copies: dict[GraphModule, GraphModule]) -> GraphModule:
     new = GraphModule(gm, copy.deepcopy(gm.graph), gm._get_name())
+    copies[gm] = new
     new.meta = {k: v.copy() if hasattr(v, "copy") else v for k, v in gm.meta.items()}
-    copied: set[str] = set()
-    for node in new.graph.nodes:
-        target = str(node.target)
-        if target not in copied and (body := nested(node)) is not None:
-            copied.add(target)
-            owner, _, name = target.rpartition(".")
-            setattr(new.get_submodule(owner), name, copy_graph(body))
+    for target in named_targets(gm):
+        owner, _, name = target.rpartition(".")
+        body = getattr(gm.get_submodule(owner), name)
+        if isinstance(body, GraphModule):
+            setattr(new.get_submodule(owner), name, copies.get(body) or _copy(body, copies))
     return new

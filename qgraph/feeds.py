@@ -99,8 +99,8 @@ def _tensor(value: Any, known: TensorType, who: str) -> Tensor:
     if array.dtype.kind not in "fiub":
         raise CalibrationError(f"{who} has type {array.dtype}, the model takes {known}")
     # Byte order and strides that torch does not take, and memory that must not be written to.
-    array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
-    return torch.from_numpy(array if array.flags.writeable else array.copy()).reshape(array.shape)
+    array = np.asarray(array, array.dtype.newbyteorder("="), order="C")
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def _convert(x: Tensor, dtype: str, who: str) -> Tensor:

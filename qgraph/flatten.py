@@ -43,6 +43,10 @@ def flatten(source: GraphModule) -> tuple[GraphModule, tuple[tuple[str, ...], ..
     output = source.graph.output_node()
     work.graph.output(result).meta = dict(output.meta)
     work.graph.eliminate_dead_code()
+    for node in work.graph.nodes:
+        # What export writes for nodes of its own that belong to no module.
+        if any(path == "_empty_nn_module_stack_from_metadata_hook" for path, *_ in node.meta.get("nn_module_stack", {}).values()):
+            del node.meta["nn_module_stack"]
     gm = GraphModule(work.attributes, work.graph, "GraphModule")
     used = {str(n.target) for n in gm.graph.find_nodes(op="get_attr")}
     return gm.eval(), tuple(tuple(p) for p in work.paths.values() if len(p) > 1 and p[0] in used)
@@ -56,6 +60,22 @@ def _identity(tensor: torch.Tensor) -> Any:
 
 def _packet(node: Node) -> str:
     return str(node.target.overloadpacket) if isinstance(node.target, OpOverload) else ""
+
+
+def _whole(node: Node) -> tuple[OpOverload, tuple[Any, ...]] | None:
+    """Inference norms in the spelling with several results, of which one is read: the plain op of one result, and its arguments."""
+    if any(user.target is not operator.getitem or user.args[1] != 0 for user in node.users):
+        return None
+    match _packet(node):
+        case "aten._native_batch_norm_legit_no_training":
+            *tensors, momentum, eps = node.args
+        case "aten.native_batch_norm" | "aten.cudnn_batch_norm" if len(node.args) == 8 and not node.args[5]:
+            *tensors, _, momentum, eps = node.args
+        case "aten.native_layer_norm":
+            return aten.layer_norm.default, (*node.args, False)
+        case _:
+            return None
+    return aten.batch_norm.default, (*tensors, False, momentum, eps, False)
 
 
 def _promotes(node: Node) -> bool:
@@ -127,8 +147,8 @@ class _Flattener:
             return self.body(owner, node, 4, env)
         if node.target is operator.getitem and isinstance(env[node.args[0]], tuple):  # type: ignore[index]
             return env[node.args[0]][node.args[1]]  # type: ignore[index]
-        if node.target is aten._native_batch_norm_legit_no_training.default:
-            return (self.batch_norm(node, env), None, None)
+        if (whole := _whole(node)) is not None:
+            return (self.named(whole[0], self.mapped(whole[1], env), {}, node), None, None)
         if isinstance(node.target, OpOverload) and any(a.alias_info is not None and a.alias_info.is_write for a in node.target._schema.arguments):
             return self.write(node, env)
         return self.share(node, self.graph.node_copy(node, lambda n: self.newest(env[n])))
@@ -139,12 +159,12 @@ class _Flattener:
         formal = inner.graph.find_nodes(op="placeholder")
         return self.inline(inner, env | dict(zip(formal, self.mapped(node.args[at + 1 :], env), strict=True)))
 
-    def batch_norm(self, node: Node, env: dict[Node, Any]) -> Node:
-        """torch's functionalization spells an inference batch norm with three results, two of them empty."""
-        *tensors, momentum, eps = self.mapped(node.args, env)
-        args = (*tensors, False, momentum, eps, False)
-        new = self.graph.create_node("call_function", aten.batch_norm.default, args, name="batch_norm")
-        new.meta = dict(node.meta) | {"val": node.meta["val"][0]} if "val" in node.meta else dict(node.meta)
+    def named(self, target: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], node: Node) -> Node:
+        """A call that stands for `node`, called after its own target."""
+        new = self.graph.create_node("call_function", target, args, kwargs, name=str(target.overloadpacket).removeprefix("aten."))
+        new.meta = dict(node.meta)
+        if isinstance(new.meta.get("val"), tuple | list):
+            new.meta["val"] = new.meta["val"][0]
         return new
 
     def share(self, node: Node, new: Node) -> Node:
@@ -173,8 +193,7 @@ class _Flattener:
         functional = getattr(getattr(aten, name, None), node.target._overloadname, None)  # type: ignore[union-attr]
         if functional is None or base in self.viewed or _promotes(node):
             raise Entangled
-        new = self.graph.create_node("call_function", functional, self.mapped(node.args, env), self.mapped(node.kwargs, env), name=name)
-        new.meta = dict(node.meta)
+        new = self.named(functional, self.mapped(node.args, env), self.mapped(node.kwargs, env), node)
         self.memory[new] = base
         self.written[self.newest(target)] = new
         return new

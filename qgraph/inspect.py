@@ -10,16 +10,13 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import onnx
 import onnx_ir as ir
 import onnxruntime as ort
-from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, InvalidProtobuf, RuntimeException
-from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NotImplemented_
 
+from qgraph.backends.onnxruntime.kernels import optimized_graph
+from qgraph.backends.onnxruntime.runtime import Options
+from qgraph.errors import LoweringError
 from qgraph.onnx_read import read_model
-
-ORT_REFUSALS = (Fail, InvalidArgument, InvalidGraph, InvalidProtobuf, NotImplemented_, RuntimeException)
-"""What InferenceSession raises for a model that it cannot load."""
 
 COMPUTE = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "Gather"})
 """Operations that read a weight; Gather counts where its table is a float or a dequantized weight."""
@@ -180,17 +177,11 @@ def _file_bytes(path: Path, model: ir.Model) -> int:
 def _optimized(path: Path) -> tuple[dict[str, int] | None, str]:
     """(operations of the graph that ONNX Runtime executes on the CPU, ""), or (None, its refusal)."""
     with tempfile.TemporaryDirectory() as folder:
-        options = ort.SessionOptions()
-        options.log_severity_level = 4
-        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
-        # Weights go to a file of their own: a graph of more than 2 GB could not be written otherwise.
-        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
         try:
-            ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except ORT_REFUSALS as error:
-            return None, " ".join(str(error).split())
-        model = ir.from_proto(onnx.load(options.optimized_model_filepath, load_external_data=False))
-    return _count(_nodes(model)), ""
+            graph = optimized_graph(str(path), folder, Options())
+        except LoweringError as error:
+            return None, str(error)
+    return _count(ir.serde.deserialize_graph(graph).all_nodes()), ""
 
 
 def text(found: Inspection) -> str:

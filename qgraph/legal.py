@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import onnx
@@ -83,7 +83,7 @@ def binds_onnx_schema(node: Node) -> str | None:
     return f"lacks attribute {min(required - given)!r} of {target!r}" if required - given else None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _arity(op_type: str, version: int, domain: str) -> tuple[int, int, frozenset[str], frozenset[str]] | None:
     """(fewest inputs, most inputs, attributes, required attributes), or None for an op that the onnx package does not know."""
     try:

@@ -90,7 +90,7 @@ class Observer(torch.nn.Module):
         if known is not None and known.shape != (n,):
             raise CalibrationError(f"{self._who()} has {n} entries along axis {axis}, but {known.numel()} in earlier data")
         rest = [d for d in range(x.dim()) if d != axis % x.dim()]
-        return (x.amin(rest), x_high.amax(rest)) if rest else (x, x_high)
+        return (x.amin(rest), x_high.amax(rest)) if rest else (x.clone(), x_high.clone())
 
     def _check_nan(self, x: Tensor) -> Tensor:
         if nans := int(x.isnan().sum()):

@@ -36,11 +36,17 @@ def transpose(node: Node) -> DataMovement:
     return DataMovement("transpose", arg(node, 0), tuple(attr(node, "perm")) if "perm" in node.kwargs else reverse)
 
 
+def is_inference_dropout(node: Node) -> bool:
+    """`is_test` up to opset 6, no `training_mode` but a constant false one from 12."""
+    if version(node) < 7:
+        return bool(attr(node, "is_test", 0))
+    return arg(node, 2) is None or scalar(const_value(arg(node, 2))) == 0
+
+
 @implements(DataMovement, "::Dropout")
 def dropout(node: Node) -> DataMovement | None:
-    """Inference form with one output: `is_test` up to opset 6, no constant true `training_mode` from 12."""
-    training = not attr(node, "is_test", 0) if version(node) < 7 else arg(node, 2) is not None and scalar(const_value(arg(node, 2))) != 0
-    return DataMovement("copy", arg(node, 0)) if single(node) and not training else None
+    """Inference form with one output."""
+    return DataMovement("copy", arg(node, 0)) if single(node) and is_inference_dropout(node) else None
 
 
 @implements(DataMovement, "::Resize", "::Upsample")

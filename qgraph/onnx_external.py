@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx_ir as ir
@@ -38,8 +39,7 @@ def byte_range(tensor: ir.ExternalTensor) -> tuple[Path, int, int]:
         )
     if offset + length > size:
         raise ModelError(
-            f"initializer {tensor.name!r}: external data file {os.fspath(path)!r} is truncated: "
-            f"needs {offset + length} bytes, has {size}"
+            f"initializer {tensor.name!r}: external data file {os.fspath(path)!r} is truncated: needs {offset + length} bytes, has {size}"
         )
     return path, offset, length
 
@@ -55,3 +55,42 @@ def memory_map(tensor: ir.ExternalTensor) -> np.ndarray[Any, Any]:
         return ir.PackedTensor(np.array(data), tensor.dtype, shape=tensor.shape).numpy()
     found = data.view(np.dtype(tensor.dtype.numpy()).newbyteorder("<")).reshape(shape)
     return found if found.flags.aligned else found.copy()
+
+
+def copy_sparse(source: BinaryIO, target: BinaryIO, *, start: int, offset: int, length: int) -> None:
+    """Copies bytes [start, start + length) of one file to `offset` of another, which reads as zeros there, without passing holes."""
+    position, end = start, start + length
+    while position < end:
+        begin, stop = _next_data(source.fileno(), position, end)
+        _copy_range(source.fileno(), target.fileno(), start=begin, offset=offset + begin - start, length=stop - begin)
+        position = stop
+
+
+def _next_data(descriptor: int, position: int, end: int) -> tuple[int, int]:
+    """The next range that holds data, empty at the end; everything is data where the system cannot tell."""
+    if not hasattr(os, "SEEK_DATA"):
+        return position, end
+    try:
+        begin = min(os.lseek(descriptor, position, os.SEEK_DATA), end)
+        return begin, min(os.lseek(descriptor, begin, os.SEEK_HOLE), end) if begin < end else end
+    except OSError as error:
+        # ENXIO: nothing but a hole up to the end of the file.
+        return (end, end) if error.errno == errno.ENXIO else (position, end)
+
+
+def _copy_range(source: int, target: int, *, start: int, offset: int, length: int) -> None:
+    done = 0
+    while done < length and hasattr(os, "copy_file_range"):
+        try:
+            moved = os.copy_file_range(source, target, min(length - done, 1 << 30), start + done, offset + done)
+        except OSError:
+            # Across file systems, or not supported by this one: the loop below does it, and reports real failures.
+            break
+        if not moved:
+            break
+        done += moved
+    while done < length:
+        chunk = os.pread(source, min(length - done, 1 << 24), start + done)
+        if not chunk:
+            raise ModelError("an external data file became shorter while it was copied")
+        done += os.pwrite(target, chunk, offset + done)

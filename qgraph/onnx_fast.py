@@ -24,7 +24,9 @@ FAST: dict[str, Callable[..., Any]] = {}
 _STORED_ONLY = {torch.uint16, torch.uint32, torch.uint64} | {t for t in TORCH_DTYPES.values() if t.is_floating_point and t.itemsize == 1}
 
 
-def fast(*op_types: str, domain: str = "", stored: bool = False, values: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def fast(
+    *op_types: str, domain: str = "", stored: bool = False, values: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: this function runs operators of these types. `stored`: it moves elements of any torch type;
     `values`: it takes any value (arrays, sequences, None)."""
 
@@ -49,7 +51,7 @@ def _unary(op_type: str, fn: Callable[[Tensor], Tensor], *, floats: bool = False
         return NotImplemented if floats and not x.is_floating_point() else fn(x)
 
 
-for _name, _fn in {
+_POINTWISE: dict[str, Callable[..., Tensor]] = {
     "Relu": torch.relu,
     "Neg": torch.neg,
     "Abs": torch.abs,
@@ -57,10 +59,8 @@ for _name, _fn in {
     "Not": torch.logical_not,
     "IsNaN": torch.isnan,
     "BitwiseNot": torch.bitwise_not,
-}.items():
-    _unary(_name, _fn)
-
-for _name, _fn in {
+}
+_POINTWISE_FLOAT: dict[str, Callable[..., Tensor]] = {
     "Sigmoid": torch.sigmoid,
     "Erf": torch.erf,
     "Sqrt": torch.sqrt,
@@ -86,18 +86,21 @@ for _name, _fn in {
     "Softsign": F.softsign,
     "Mish": F.mish,
     "HardSwish": F.hardswish,
-}.items():
+}
+for _name, _fn in _POINTWISE.items():
+    _unary(_name, _fn)
+for _name, _fn in _POINTWISE_FLOAT.items():
     _unary(_name, _fn, floats=True)
 
 
-def _binary(op_type: str, fn: Callable[[Tensor, Tensor], Tensor]) -> None:
+def _binary(op_type: str, fn: Callable[..., Tensor]) -> None:
     @fast(op_type)
     def run(op: Any, a: Tensor, b: Tensor) -> Any:
         # Operators before opset 7 broadcast by rules of their own.
         return NotImplemented if op.version < 7 and a.shape != b.shape else fn(a, b)
 
 
-for _name, _pair in {
+_BINARY: dict[str, Callable[..., Tensor]] = {
     "Add": torch.add,
     "Sub": torch.sub,
     "Mul": torch.mul,
@@ -112,8 +115,9 @@ for _name, _pair in {
     "BitwiseAnd": torch.bitwise_and,
     "BitwiseOr": torch.bitwise_or,
     "BitwiseXor": torch.bitwise_xor,
-}.items():
-    _binary(_name, _pair)
+}
+for _name, _fn in _BINARY.items():
+    _binary(_name, _fn)
 
 
 @fast("Div")
@@ -148,7 +152,9 @@ def where(op: Any, condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 @fast("Clip")
-def clip(op: Any, x: Tensor, low: Tensor | None = None, high: Tensor | None = None, *, min: float | None = None, max: float | None = None) -> Tensor:
+def clip(
+    op: Any, x: Tensor, low: Tensor | None = None, high: Tensor | None = None, *, min: float | None = None, max: float | None = None
+) -> Tensor:
     low, high = (min if low is None else low), (max if high is None else high)  # type: ignore[assignment]
     return x if low is None and high is None else torch.clamp(x, low, high)
 

@@ -174,8 +174,18 @@ def scatter_nd(op: Any, x: Tensor, indices: Tensor, updates: Tensor, *, reductio
     return found
 
 
+@fast("ScatterElements", "Scatter")
+def scatter_elements(op: Any, x: Tensor, indices: Tensor, updates: Tensor, *, axis: int = 0, reduction: str = "none") -> Any:
+    if reduction != "none":
+        return NotImplemented
+    indices = indices.to(torch.int64)
+    return x.scatter(axis, torch.where(indices < 0, indices + x.shape[axis], indices), updates)
+
+
 @fast("Split", stored=True)
-def split(op: Any, x: Tensor, sizes: Tensor | None = None, *, axis: int = 0, split: Sequence[int] | None = None, num_outputs: int | None = None) -> Any:
+def split(
+    op: Any, x: Tensor, sizes: Tensor | None = None, *, axis: int = 0, split: Sequence[int] | None = None, num_outputs: int | None = None
+) -> Any:
     parts = _ints(sizes, split)
     if parts is None:
         # Equal parts; the last one is smaller when the axis does not divide.

@@ -229,8 +229,9 @@ def store(gm: GraphModule, target: str, tensor: ir.TensorProtocol) -> None:
         setattr(gm, target, tensor)
         return
     if isinstance(tensor, ir.ExternalTensor):
-        value.onnx_source = tensor  # type: ignore[attr-defined]
-        value.__deepcopy__ = lambda memo: value  # type: ignore[attr-defined]
+        # Attributes of this one tensor object: a copy made by `.to()` or arithmetic is an ordinary tensor again.
+        setattr(value, "onnx_source", tensor)  # noqa: B010
+        setattr(value, "__deepcopy__", lambda memo: value)  # noqa: B010
     gm.register_buffer(target, value)
 
 

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from qgraph.onnx_header import GraphHeader
 from qgraph.onnx_ops import OnnxOp
-from qgraph.views import attribute
+from qgraph.types import attribute
 
 
 class Names:
@@ -39,6 +39,10 @@ class Names:
 
     def fresh_node(self, hint: str) -> str:
         return _fresh(hint, self._nodes)
+
+    def take_node(self, name: str) -> None:
+        """No later node gets `name` as a fresh one."""
+        self._nodes.add(name)
 
 
 def _fresh(hint: str, taken: set[str]) -> str:
@@ -156,5 +160,6 @@ def _node_name(node: Node, used: set[str], names: Names) -> str:
         return ""
     if preferred is None or preferred in used:
         preferred = names.fresh_node(preferred or node.name)
+    names.take_node(preferred)
     used.add(preferred)
     return preferred

@@ -9,7 +9,6 @@ body as `body__function`.
 from __future__ import annotations
 
 import hashlib
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +17,7 @@ import onnx
 import onnx_ir as ir
 from torch.fx import GraphModule, Interpreter
 
-from qgraph import onnx_fast_control, onnx_fast_nn, onnx_fast_reduce, onnx_fast_shape
+from qgraph import onnx_fast_control, onnx_fast_microsoft, onnx_fast_nn, onnx_fast_quant, onnx_fast_reduce, onnx_fast_shape
 from qgraph.onnx_fast import FAST
 from qgraph.onnx_proto import attribute_proto
 from qgraph.onnx_reference import reference
@@ -27,6 +26,9 @@ from qgraph.onnx_values import from_ir
 Fixed = tuple[tuple[str, ir.Attr], ...]
 FUNCTION_BODY = "body__function"
 CAPTURES = "captures__"
+
+FAMILIES = (onnx_fast_control, onnx_fast_microsoft, onnx_fast_nn, onnx_fast_quant, onnx_fast_reduce, onnx_fast_shape)
+"""The files whose import fills `FAST`, besides onnx_fast itself."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,4 +169,3 @@ class _Body(Interpreter):
         found = super().get_attr(target, args, kwargs)
         is_function = isinstance(found, GraphModule) and found.meta["onnx_graph"].is_function
         return Bound(found, (), self.attributes) if isinstance(found, GraphModule) and not is_function else found
-

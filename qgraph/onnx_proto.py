@@ -146,7 +146,7 @@ def _has_map(type_: onnx.TypeProto) -> bool:
         return _has_map(type_.sequence_type.elem_type)
     if type_.HasField("optional_type"):
         return _has_map(type_.optional_type.elem_type)
-    return type_.HasField("map_type") or type_.HasField("opaque_type")
+    return bool(type_.HasField("map_type") or type_.HasField("opaque_type"))
 
 
 @dataclass
@@ -251,7 +251,7 @@ def _restore_node(node: ir.Node, proto: onnx.NodeProto, sparse: list[tuple[int, 
 
 
 def _restore_graph(extras: Extras, graph: ir.Graph, proto: GraphLike) -> None:
-    types = {name: type_ for name, type_ in extras.types}
+    types = dict(extras.types)
     for value in _typed(proto):
         if value.name in types and not value.HasField("type"):
             value.type.CopyFrom(types[value.name])

@@ -71,8 +71,8 @@ def _external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
     """Initializers of every graph, and tensors in attributes."""
     for graph in (model.graph, *model.graph.subgraphs()):
         yield from (v.const_value for v in graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor))
-    for function in (model, *model.functions.values()):
-        for node in function.graph.all_nodes():
+    for graph in (model.graph, *(f.graph for f in model.functions.values())):
+        for node in graph.all_nodes():
             for attr in node.attributes.values():
                 if isinstance(attr.value, ir.ExternalTensor):
                     yield attr.value

@@ -37,6 +37,9 @@ def reference(op: OnnxOp, inputs: list[Any], attributes: dict[str, Any]) -> Any:
 
 
 def _evaluator(op: OnnxOp, arrays: list[Any], attributes: dict[str, Any]) -> ReferenceEvaluator:
+    if any(callable(v) for v in attributes.values()):
+        # A nested graph may be rewritten between calls.
+        return _build(op, arrays, attributes)
     cache: dict[Any, ReferenceEvaluator] = op.__dict__.setdefault("_evaluators", {})
     key = (*(_signature(a) for a in arrays), *((k, _hashable(v)) for k, v in attributes.items()))
     found = cache.get(key)
@@ -62,7 +65,7 @@ def _build(op: OnnxOp, arrays: list[Any], attributes: dict[str, Any]) -> Referen
     node.output.extend(f"o{n}" for n in range(op.outputs))
     fixed = dict(op.fixed)
     for name, value in attributes.items():
-        node.attribute.append(attribute_proto(fixed[name]) if name in fixed else make_attribute(op, name, value))
+        node.attribute.append(attribute_proto(fixed[name]) if name in fixed else _attribute(op, name, value))
     inputs = [onnx.ValueInfoProto(name=f"i{n}", type=_type_proto(a)) for n, a in enumerate(arrays) if a is not None]
     outputs = [onnx.ValueInfoProto(name=o) for o in node.output]
     graph = onnx.GraphProto(node=[node], name="one", input=inputs, output=outputs)
@@ -80,12 +83,25 @@ def _opsets(op: OnnxOp) -> list[onnx.OperatorSetIdProto]:
     return found if op.domain == "" else [*found, helper.make_opsetid("", onnx.defs.onnx_opset_version())]
 
 
+def _attribute(op: OnnxOp, name: str, value: Any) -> onnx.AttributeProto:
+    if not callable(value):
+        return make_attribute(op, name, value)
+    # Not imported above: the writer is built on OnnxOp, and OnnxOp on this file.
+    from qgraph.onnx_write import body_proto
+
+    if value.captures:
+        raise ModelError(f"operator {op!r} cannot be run here: its nested graph {name!r} reads values of the outer graph")
+    return helper.make_attribute(name, body_proto(value.body))
+
+
 def make_attribute(op: OnnxOp, name: str, value: Any) -> onnx.AttributeProto:
     """An attribute of the type that the operator's schema declares: FX keeps `1.0` and `1`, but not an empty list's type."""
     declared = None
     if onnx.defs.has(op.op_type, op.version, op.domain):
         known = onnx.defs.get_schema(op.op_type, op.version, op.domain).attributes.get(name)
-        declared = int(known.type) if known is not None else None
+        if known is not None:
+            kind: Any = known.type
+            declared = int(kind)
     return helper.make_attribute(name, list(value) if isinstance(value, (list, tuple)) else value, attr_type=declared)
 
 
@@ -97,4 +113,3 @@ def _type_proto(array: Any) -> onnx.TypeProto:
     dtype = np.asarray(array).dtype
     code = onnx.TensorProto.STRING if dtype.kind in "OUS" else int(ir.DataType.from_numpy(dtype))
     return helper.make_tensor_type_proto(code, None)
-

@@ -43,9 +43,7 @@ TORCH_DTYPES: dict[ir.DataType, torch.dtype] = {
 _ONNX_DTYPES = {v: k for k, v in TORCH_DTYPES.items()}
 
 # numpy knows these only through ml_dtypes, which torch refuses: the bits travel through an integer view.
-_BIT_VIEWS = {torch.bfloat16: np.int16} | {
-    t: np.uint8 for t in TORCH_DTYPES.values() if t.is_floating_point and t.itemsize == 1
-}
+_BIT_VIEWS = {torch.bfloat16: np.int16} | {t: np.uint8 for t in TORCH_DTYPES.values() if t.is_floating_point and t.itemsize == 1}
 
 
 def dtype_name(dtype: ir.DataType) -> str:

@@ -14,12 +14,11 @@ from qgraph.errors import ModelError
 from qgraph.onnx_header import GraphHeader, ModelHeader
 from qgraph.onnx_names import Names, plan
 from qgraph.onnx_ops import CAPTURES, FUNCTION_BODY, OnnxOp
-from qgraph.onnx_opset import header
+from qgraph.onnx_opset import bring_up_to_date, header
 from qgraph.onnx_proto import EXTRAS, serialize
 from qgraph.onnx_reference import make_attribute
 from qgraph.onnx_values import from_ir, ir_shape, onnx_dtype, tensor_type, to_ir
-from qgraph.types import TensorType, type_of
-from qgraph.views import attribute
+from qgraph.types import TensorType, attribute, type_of
 
 
 def to_proto(gm: GraphModule) -> onnx.ModelProto:
@@ -31,6 +30,7 @@ def to_onnx(gm: GraphModule) -> ir.Model:
     """The graph as an onnx_ir.Model that shares no mutable object with its source.
 
     Raises ModelError for a graph not read from ONNX, and for a node that is not an ONNX operator (a `qg` op that no backend lowered)."""
+    bring_up_to_date(gm)
     top = header(gm)
     model: ModelHeader = gm.meta["onnx_model"]
     names = Names(gm)
@@ -40,7 +40,7 @@ def to_onnx(gm: GraphModule) -> ir.Model:
     graph.opset_imports.update(imports)
     return ir.Model(
         graph,
-        ir_version=model.ir_version,
+        ir_version=max(model.ir_version, _least_ir_version(graph, gm)),
         producer_name=model.producer_name,
         producer_version=model.producer_version,
         domain=model.domain,
@@ -50,6 +50,18 @@ def to_onnx(gm: GraphModule) -> ir.Model:
         metadata_props=dict(model.metadata),
         device_configurations=model.device_configurations,
     )
+
+
+def body_proto(body: GraphModule) -> onnx.GraphProto:
+    """A nested graph by itself. Raises ModelError as `to_onnx`."""
+    found: onnx.GraphProto = ir.to_proto(_Writer(body, Names(body), dict(header(body).opsets), captured=()).write())
+    return found
+
+
+def _least_ir_version(graph: ir.Graph, gm: GraphModule) -> int:
+    """4 when a rewrite added a constant: before, every initializer had to be an input of the graph as well."""
+    old = {n.meta["onnx_value"].name for n in gm.graph.nodes if n.op == "get_attr" and "onnx_value" in n.meta}
+    return 4 if any(name not in old for name in graph.initializers) else 0
 
 
 def _function(body: GraphModule, names: Names) -> ir.Function:
@@ -141,7 +153,7 @@ class _Writer:
             found = self.value(node, name, source)
         else:
             tensor = stored if isinstance(stored, ir.TensorProtocol) else to_ir(stored, name)
-            found = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape))
+            found = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()))
         found.const_value = renamed(tensor, name)
         return found
 
@@ -252,8 +264,8 @@ def renamed(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
             tensor.location, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=name, base_dir=tensor.base_dir
         )
     if tensor.dtype == ir.DataType.STRING:
-        return ir.StringTensor(tensor.numpy(), shape=tensor.shape, name=name)
-    return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, shape=tensor.shape, name=name)
+        return ir.StringTensor(tensor.numpy(), shape=ir.Shape(tensor.shape.numpy()), name=name)
+    return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name)
 
 
 def _set_type(value: ir.Value, known: TensorType) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 from torch.fx import Node
 
 from qgraph import reference
@@ -34,7 +35,7 @@ _REQUANTIZE = "Tensor? y_scale=None, Tensor? y_zero_point=None, str? y_dtype=Non
 _WINDOW = "int[] stride, int[] padding, int[] dilation, int groups"
 
 
-def _op(fn: Callable[..., Any], arguments: str, result: str = "Tensor") -> Any:
+def _op(fn: Callable[..., Any], arguments: str, result: str = "Tensor") -> CustomOpDef:
     """Registers a reference body as torch.ops.qgraph.<its name>, callable with plain tensors too."""
     return torch.library.custom_op(f"qgraph::{fn.__name__}", fn, mutates_args=(), schema=f"({arguments}) -> {result}")
 

@@ -43,7 +43,8 @@ def float_times_grid(node: Node) -> str | None:
 @legal("qgraph", Q.quantized_conv.default)
 def grid_times_grid(node: Node) -> str | None:
     args = operands(node)
-    problem = _dtype(args["x_dtype"]) or _integers("x", args["x"], args["x_dtype"]) or _encoding(args["x"], args, None, 0, "x_")
+    per = (-1, -1) if "stride" not in args and len(_type(args["x_scale"]).shape or ()) > 1 else (None, 0)  # per token, or per tensor
+    problem = _dtype(args["x_dtype"]) or _integers("x", args["x"], args["x_dtype"]) or _encoding(args["x"], args, per[0], per[1], "x_")
     if problem or (problem := _weight(args, "w_", 0) or _window(args)):
         return problem
     if (args["y_scale"] is None) != (args["y_dtype"] is None):
@@ -95,7 +96,9 @@ def _encoding(x: Any, args: dict[str, Any], axis: int | None, group: int, prefix
     """scale and zero point fit x, the granularity and the type."""
     dtype, scale, zero_point = args[f"{prefix}dtype"], args[f"{prefix}scale"], args[f"{prefix}zero_point"]
     problem = _dtype(dtype) or _axis(_type(x), axis, group) or _float(f"{prefix}scale", scale)
-    if problem or (problem := _shape(f"{prefix}scale", scale, _scale_dims(_type(x).shape, axis, group)) or _positive(f"{prefix}scale", scale)):
+    if problem or (
+        problem := _shape(f"{prefix}scale", scale, _scale_dims(_type(x).shape, axis, group)) or _positive(f"{prefix}scale", scale)
+    ):
         return problem
     if zero_point is None:
         return None
@@ -115,7 +118,7 @@ def _scale_dims(shape: tuple[Dim, ...] | None, axis: int | None, group: int) -> 
 
 def _shape(role: str, value: Any, expected: tuple[Dim, ...] | None) -> str | None:
     found = _type(value)
-    if expected is None or found.shape is None:
+    if expected is None or found.shape is None or (expected == () and found.shape == (1,)):
         return None
     pairs = zip(found.shape, expected, strict=False)
     if len(found.shape) == len(expected) and all(a == b for a, b in pairs if isinstance(a, int) and isinstance(b, int)):
@@ -134,7 +137,7 @@ def _weight(args: dict[str, Any], prefix: str, group: int) -> str | None:
     """weight [N, K] or [N, C, *kernel] with scales per tensor, per row or per group of a row; bias [N]."""
     weight, scale, bias = _type(args["weight"]), _type(args[f"{prefix}scale"]), args["bias"]
     dtype = args[f"{prefix}dtype"]
-    axis = 1 if group else None if scale.shape == () else 0
+    axis = 1 if group else None if scale.shape in ((), (1,)) else 0
     problem = _dtype(dtype) or _integers("weight", args["weight"], dtype) or _encoding(args["weight"], args, axis, group, prefix)
     if problem or bias is None:
         return problem

@@ -12,15 +12,13 @@ import itertools
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from functools import lru_cache
 from typing import Any
 
-import onnx
-import torch
 from torch.fx import Node
 from torch.nn import Module
 
-from qgraph.views import const_value, is_const, key, operands, table, view
+from qgraph.arguments import named_arguments
+from qgraph.views import const_value, is_const, key, table, view
 
 MODULE_CALL = "call_module"
 """The index key of every call_module node: which class it calls is known only by looking."""
@@ -35,13 +33,15 @@ class Op:
     Raises TypeError for another kind of kind, or for an operand that the interface does not have.
     """
 
-    __slots__ = ("kind", "name", "single_use", "operands")
+    __slots__ = ("kind", "name", "operands", "single_use")
 
     def __init__(self, kind: Any, /, name: str | None = None, *, single_use: bool = False, **operands: Any) -> None:
         if not isinstance(kind, str) and not callable(kind):
             raise TypeError(f"a pattern's kind is an interface, an op, a function, a module class or '::OnnxOp', not {kind!r}")
         if _is_interface(kind) and (unknown := operands.keys() - {f.name for f in fields(kind)}):
-            raise TypeError(f"{kind.__name__} has no operand {', '.join(sorted(unknown))}; it has {', '.join(f.name for f in fields(kind))}")
+            raise TypeError(
+                f"{kind.__name__} has no operand {', '.join(sorted(unknown))}; it has {', '.join(f.name for f in fields(kind))}"
+            )
         self.kind, self.name, self.single_use, self.operands = kind, name, single_use, operands
 
     def __repr__(self) -> str:
@@ -223,38 +223,6 @@ def _module_operands(kind: type[Module], node: Node) -> Mapping[str, Any] | None
     if not isinstance(module, kind):
         return None
     return inspect.signature(type(module).forward).bind(module, *node.args, **node.kwargs).arguments
-
-
-def named_arguments(node: Node) -> Mapping[str, Any]:
-    """Arguments of a call by name: the op's schema, the ONNX schema, or the Python function's parameters.
-
-    ONNX attributes have their schema's default when absent; absent optional inputs are None. Ops without a known schema have
-    only their keyword arguments."""
-    target: Any = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return operands(node)
-    if hasattr(target, "op_type"):
-        inputs, defaults = _onnx_signature(target.op_type, target.version, target.domain)
-        return defaults | dict(itertools.zip_longest(inputs, node.args[: len(inputs)])) | dict(node.kwargs)
-    return dict(zip(_parameters(target), node.args, strict=False)) | dict(node.kwargs)
-
-
-@lru_cache(maxsize=None)
-def _onnx_signature(op_type: str, version: int, domain: str) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Input names and attribute defaults of an ONNX op; empty for an op that the onnx package does not know."""
-    if not onnx.defs.has(op_type, domain):
-        return (), {}
-    schema = onnx.defs.get_schema(op_type, max_inclusive_version=version, domain=domain)
-    defaults = {k: onnx.helper.get_attribute_value(a.default_value) for k, a in schema.attributes.items() if a.default_value.name}
-    return tuple(i.name for i in schema.inputs), {k: v.decode() if isinstance(v, bytes) else v for k, v in defaults.items()}
-
-
-@lru_cache(maxsize=None)
-def _parameters(function: Any) -> tuple[str, ...]:
-    try:
-        return tuple(inspect.signature(function).parameters)
-    except ValueError:  # builtins of C extensions have no signature
-        return ()
 
 
 def _is_interface(kind: Any) -> bool:

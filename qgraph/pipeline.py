@@ -1,6 +1,6 @@
 """Passes with contracts, and pipelines that time them, check them and name the first one that breaks its word.
 
-    Pipeline(FoldBatchNorm(), FoldConstants(limit=1024), verify="numerics").run(gm, Context(samples=[(x,)]))
+Pipeline(FoldBatchNorm(), FoldConstants(limit=1024), verify="numerics").run(gm, Context(samples=[(x,)]))
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any, ClassVar, Literal
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
+from qgraph.contracts import EQUIVALENT, EXACT, LOSSY, Contract, Outputs, compare, run_samples
+from qgraph.edit import copy_graph
 from qgraph.errors import QGraphError
-from qgraph.contracts import EQUIVALENT, EXACT, LOSSY, Contract, Outputs, compare, run_samples, snapshot
 from qgraph.rewrite import Decline, Rule, apply
 from qgraph.text import diff, text
 from qgraph.verify import check_graph
@@ -111,8 +112,8 @@ class Hook:
 class Pipeline(PassBase):
     """Passes and pipelines in order. It is used like a pass: called alone, nested, or handed to torch's PassManager.
 
-    `verify="structure"` checks legality after each pass that changed something; "numerics" also runs the graph on the context's
-    samples before and after, and compares as the pass' contract says (LOSSY passes are not compared)."""
+    `verify="structure"` checks legality after each pass; "numerics" also runs the graph on the context's samples before and after, and
+    compares as the pass' contract says (LOSSY passes are not compared). That keeps a copy of the graph, not of its tensors, during each pass."""
 
     def __init__(self, *passes: Pass | Pipeline, name: str = "pipeline", verify: Verify | None = None, hooks: Sequence[Hook] = ()) -> None:
         if verify not in (None, "structure", "numerics"):
@@ -125,14 +126,14 @@ class Pipeline(PassBase):
         Raises VerificationError naming the pass, the node and the worst element when a pass breaks its contract; QGraphError when
         numbers are to be verified without samples."""
         ctx = Context() if ctx is None else ctx
-        if self.verify == "numerics" and not ctx.samples:
-            raise QGraphError("verify='numerics' needs sample inputs: run(gm, Context(samples=[(x, ...), ...]))")
         return self._run(gm, ctx, self.verify, self.hooks)
 
     def call(self, graph_module: GraphModule) -> PassResult:
         return PassResult(graph_module, any(step.count for step in self.run(graph_module)))
 
     def _run(self, gm: GraphModule, ctx: Context, verify: Verify | None, hooks: tuple[Hook, ...]) -> list[Step]:
+        if verify == "numerics" and not ctx.samples:
+            raise QGraphError("verify='numerics' needs sample inputs: run(gm, Context(samples=[(x, ...), ...]))")
         steps: list[Step] = []
         known: Outputs | None = None
         for p in self.passes:
@@ -160,7 +161,7 @@ def _run_pass(
 ) -> tuple[Step, Outputs | None]:
     """Run one pass; `known` are the graph's outputs on the samples if an earlier step has computed them, and so is the second result."""
     compared = verify == "numerics" and p.contract is not LOSSY
-    before = snapshot(gm) if ctx.record or compared else None
+    before = copy_graph(gm) if ctx.record or compared else None
     if compared and known is None:
         known = run_samples(gm, ctx.samples)
     for hook in hooks:
@@ -169,7 +170,7 @@ def _run_pass(
     declined, start = len(ctx.declines), time.perf_counter()
     count = p.run(gm, ctx)
     seconds = time.perf_counter() - start
-    graphs = (before, snapshot(gm)) if ctx.record and before is not None else None
+    graphs = (before, copy_graph(gm)) if ctx.record and before is not None else None
     step = Step(p.name, count, seconds, tuple(ctx.declines[declined:]), graphs)
     ctx.steps.append(step)
     log.info("%s", step)

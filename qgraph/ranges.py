@@ -125,8 +125,9 @@ class Histogram:
         fits = math.frexp(magnitude)[1] - self.bins.bit_length() + 1 if magnitude else _SMALLEST_EXPONENT
         exponent = max(fits, _SMALLEST_EXPONENT)
         counts = torch.zeros(2 * self.bins - 1, dtype=torch.int64, device=x.device)
-        # Pieces that stay in cache: four times faster on a large tensor, and no large temporaries.
-        for piece in x.reshape(-1).split(1 << 17):
+        # Pieces that stay in cache and below torch's grain for threads (2**15): on a busy machine the barriers of thousands of
+        # small parallel loops cost ten times the counting.
+        for piece in x.reshape(-1).split(1 << 15):
             index = (piece.float() * 2.0**-exponent).int().add_(self.bins - 1)  # exact up to underflow, which truncates to 0 as well
             counts += torch.bincount(index, minlength=counts.numel())
         return Histogram(self.bins, low, high, exponent, counts.cpu())

@@ -8,7 +8,8 @@ These bodies are the specification that every backend is tested against. Rules t
    the result's type at the end. Rounding to integers is half to even. Integer sums are exact, then taken modulo 2**32 as int32
    hardware does (below K = 65,793 products of eight bits cannot overflow).
 3. Saturation: +inf gives the largest, -inf and NaN give the smallest integer of the type, as ONNX Runtime's QuantizeLinear does
-   on CPU for float32. (Its float16 kernel sends +inf to the smallest integer as well; this specification does not.)
+   on CPU for float32 per tensor and per axis. (Its kernels for float16, for blocks and for 2 bits convert to int32 before they
+   clamp, and give anything for quotients beyond int32; 1.31.1.)
 4. Granularity is (axis, group): (None, 0) per tensor, scale of one element; (a, 0) per axis, scale [n]; (a, g) per group of g
    neighbours along a, scale of x's rank with ceil(n / g) entries along a, the last group may be short; (-1, -1) per token,
    scale [..., 1]. Axes may be negative. Empty tensors and scalars are fine.
@@ -60,7 +61,8 @@ def _saturate(q: Tensor, dtype: str) -> Tensor:
 def _grid(x: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: str) -> Tensor:
     """saturate(round(x / scale) + zero_point) as float32 whole numbers; scale and zero_point broadcast already."""
     q = (x.to(torch.float32) / scale.to(torch.float32)).round_()
-    return _saturate(q if zero_point is None else q.add_(zero_point.to(torch.float32)), dtype)
+    # Integers know no -0.0: adding 0 makes it 0.0, for fake_quantize.
+    return _saturate(q.add_(0.0 if zero_point is None else zero_point.to(torch.float32)), dtype)
 
 
 def _centred(q: Tensor, zero_point: Tensor | None) -> Tensor:

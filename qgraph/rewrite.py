@@ -1,8 +1,8 @@
 """Rules and the one driver that applies them: `apply(gm, rules)` until nothing matches, in time proportional to the graph and its changes.
 
-    @rule(Op(Elementwise, kind="mul", inputs=Inputs(Var("x"), 1.0)))
-    def drop_mul_by_one(m: Match, rw: Rewriter) -> Node:
-        return m.x
+@rule(Op(Elementwise, kind="mul", inputs=Inputs(Var("x"), 1.0)))
+def drop_mul_by_one(m: Match, rw: Rewriter) -> Node:
+    return m.x
 """
 
 from __future__ import annotations
@@ -16,14 +16,27 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from qgraph.edit import add_constant, erase, graph_modules, is_pick, is_pure, redirect, replace
+from qgraph.edit import add_constant, erase, graph_modules, is_pick, is_pure, named_targets, redirect, replace
 from qgraph.errors import QGraphError, VerificationError
-from qgraph.pattern import Match, depth, match, node_key, root_keys
+from qgraph.pattern import Match, depth, match, names, node_key, root_keys
 from qgraph.rewriter import Decline, Refusal, Rewriter
 from qgraph.text import path_of
 from qgraph.types import TensorType, type_of
 
-__all__ = ["Applied", "Decline", "Match", "Rewriter", "Rule", "add_constant", "apply", "erase", "graph_modules", "is_pure", "replace", "rule"]
+__all__ = [
+    "Applied",
+    "Decline",
+    "Match",
+    "Rewriter",
+    "Rule",
+    "add_constant",
+    "apply",
+    "erase",
+    "graph_modules",
+    "is_pure",
+    "replace",
+    "rule",
+]
 
 log = logging.getLogger("qgraph.rewrite")
 
@@ -32,7 +45,9 @@ Build = Callable[[Match, Rewriter], Node | tuple[Node | None, ...] | None]
 
 @dataclass(frozen=True)
 class Rule:
-    """`build` makes what replaces the root of each match of `pattern`: a node, a tuple for a root with several outputs, or None for no change."""
+    """`build` makes what replaces the root of each match of `pattern`: a node, a tuple for a root with several outputs, or None for no change.
+
+    Raises TypeError for a pattern whose root is no `Op`, or which captures under a name that `Match` itself has."""
 
     name: str
     pattern: Any
@@ -40,6 +55,8 @@ class Rule:
 
     def __post_init__(self) -> None:
         root_keys(self.pattern)  # a pattern without a root is an error where it is written
+        if taken := {"root", "nodes", *dir(Match)}.intersection(names(self.pattern)):
+            raise TypeError(f"rule {self.name} captures {min(taken)!r}, which every match has already; choose another name")
 
 
 def rule(pattern: Any) -> Callable[[Build], Rule]:
@@ -114,11 +131,12 @@ class _Driver:
                 self.queued.discard(node)
                 if node not in self.dead:
                     self._visit(node)
-        finally:
+        finally:  # what was done before an error stays done, and callable
             if self.count:
                 self._drop_constants()
-                self.gm.graph.lint()
                 self.gm.recompile()
+        if self.count:
+            self.gm.graph.lint()
         return Applied(self.count, tuple(self.declines.values()), self.attempts)
 
     def _visit(self, node: Node) -> None:
@@ -142,8 +160,8 @@ class _Driver:
         if new is None or new is m.root or not BISECTION.allows(r.name, m.root):
             self._discard(rw.created)
             return False
-        self._count(r, m.root)
         self._replace(m.root, new, rw.created)
+        self._count(r, m.root)
         return True
 
     def _count(self, r: Rule, root: Node) -> None:
@@ -158,34 +176,32 @@ class _Driver:
         picks = [] if isinstance(new, Node) else [user for user in root.users if is_pick(user, root)]
         readers = redirect(root, new)
         self.dead.update(picks)
-        self._erase(root)
-        self._discard(created)
+        touched = self._erase(root) + self._discard(created)
         for node in created:
-            if node not in self.dead:
-                self._revisit(node, self.depth - 1)
+            self._revisit(node, 0)
         for reader in readers:
-            self._revisit(reader, self.depth - 2)
+            self._revisit(reader, self.depth - 1)
+        for value in touched:
+            if len(value.users) == 1:  # a pattern that asks for a single use may match now
+                self._revisit(value, self.depth - 1)
 
-    def _discard(self, created: list[Node]) -> None:
-        """Remove new nodes that nothing reads."""
-        for node in reversed(created):
-            if node not in self.dead and not node.users:
-                self._erase(node)
+    def _discard(self, created: list[Node]) -> list[Node]:
+        """Remove new nodes that nothing reads; returns what they read."""
+        return [value for node in reversed(created) if node not in self.dead and not node.users for value in self._erase(node)]
 
-    def _erase(self, node: Node) -> None:
+    def _erase(self, node: Node) -> list[Node]:
+        """Remove a node and what dies with it; returns the surviving nodes that lost a reader."""
         removed, touched = erase(node)
         self.dead.update(removed)
         self.orphans.update(str(n.target) for n in removed if n.op == "get_attr")
-        for value in touched:
-            if len(value.users) == 1:  # a pattern that asks for a single use may match now
-                self._revisit(next(iter(value.users)), self.depth - 2)
+        return touched
 
     def _revisit(self, node: Node, levels: int) -> None:
         """Look again at `node` and at readers up to `levels` further on: a pattern rooted there may reach down to it."""
         front = [node]
         for level in range(levels + 1):
             for n in front:
-                if n not in self.queued and node_key(n) in self.index:
+                if n not in self.queued and n not in self.dead and node_key(n) in self.index:
                     self.queued.add(n)
                     self.queue.append(n)
             front = [user for n in front for user in n.users] if level < levels else []
@@ -194,7 +210,7 @@ class _Driver:
         """Delete what only removed get_attr nodes read."""
         if not self.orphans:
             return
-        used = {str(n.target) for n in self.gm.graph.nodes if n.op in ("get_attr", "call_module")}
+        used = named_targets(self.gm)
         for target in sorted(self.orphans - used):
             if not any(owner in used for owner in _owners(target)):  # a called module needs its parameters
                 delattr(self.gm.get_submodule(target.rpartition(".")[0]), target.rpartition(".")[2])
@@ -208,6 +224,8 @@ def _owners(target: str) -> list[str]:
 def _require_same_type(rw: Rewriter, root: Node, new: Node | tuple[Node | None, ...]) -> None:
     """A replacement of another type would make an illegal graph: declined, whatever the rule thinks."""
     was, now = type_of(root), type_of(new) if isinstance(new, Node) else None
+    if was is not None and isinstance(new, tuple):
+        raise TypeError(f"{rw.by} returns {len(new)} values for %{root.name}, which has one")
     if was is not None and now is not None and not _compatible(was, now):
         rw.decline(f"the replacement is {now}, not {was}")
 

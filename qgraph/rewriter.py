@@ -118,8 +118,11 @@ class Rewriter:
             args, kwargs = map_arg((node.args, node.kwargs), lambda n: _fake(n, run_mode))
         except _Untyped:
             return
-        with run_mode:
-            self._type(node, target(*args, **kwargs))
+        try:
+            with run_mode:
+                self._type(node, target(*args, **kwargs))
+        except (RuntimeError, TypeError, ValueError) as error:  # what ops raise on operands that do not fit
+            self.decline(f"{target} does not take these operands: {str(error).splitlines()[0]}")
 
     def _mode(self) -> FakeTensorMode | None:
         """The fake mode of the values around the root, or None in a graph that has none."""

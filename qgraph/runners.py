@@ -113,7 +113,8 @@ class OrtRunner:
                 if tap.reduced:
                     found.update_bounds(float(low), float(high), int(size), dtype=getattr(torch, str(tap.dtype)))
                 else:
-                    found.update(torch.from_numpy(whole).to(getattr(torch, tap.dtype) if tap.dtype == "bfloat16" else None))
+                    x = torch.from_numpy(whole)
+                    found.update(x.bfloat16() if tap.dtype == "bfloat16" else x)
 
     def _results(self, feed: Mapping[str, Any]) -> dict[str, Any]:
         names = [name for tap in self._taps for name in tap.outputs]

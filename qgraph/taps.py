@@ -71,8 +71,7 @@ def _marked(gm: GraphModule, taps: Sequence[Tap]) -> GraphModule:
             continue
         new[node] = graph.node_copy(node, new.__getitem__)
         if node in numbers:
-            new_inputs = (new[node],)
-            marker = graph.call_function(op("Tap", domain=_DOMAIN), new_inputs, {"number": numbers[node]})
+            marker = graph.call_function(op("Tap", domain=_DOMAIN), (new[node],), {"number": numbers[node]})
             marker.meta["type"] = node.meta.get("type")
     copy = GraphModule(gm, graph)
     copy.meta = dict(gm.meta)

@@ -1,8 +1,8 @@
 """The printed form of a graph, the difference of two graphs, and what a node is called in messages.
 
-    %0: f32[2,3] = aten.linear(%x, @weight, @bias)
-    %1: f32[2,3] = onnx.Add(%0, @c)
-    return %1
+%0: f32[2,3] = aten.linear(%x, @weight, @bias)
+%1: f32[2,3] = onnx.Add(%0, @c)
+return %1
 """
 
 from __future__ import annotations
@@ -10,12 +10,17 @@ from __future__ import annotations
 import difflib
 import operator
 import re
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from qgraph.types import TensorType, type_of
+
+_NUMBER = re.compile(r"%\d+\b")
+_MADE = re.compile(r"(\s*)%\d+: .*? = ([^(]+)")
 
 
 def text(gm: GraphModule) -> str:
@@ -26,10 +31,53 @@ def text(gm: GraphModule) -> str:
 
 
 def diff(before: GraphModule | str, after: GraphModule | str) -> str:
-    """Unified diff of two graphs, or of two printed forms; empty when they print the same. Numbering is by position, so
-    lines are matched without their numbers."""
-    a, b = (value if isinstance(value, str) else text(value) for value in (before, after))
-    return "\n".join(difflib.unified_diff(a.splitlines(), b.splitlines(), "before", "after", lineterm=""))
+    """The lines that differ between two graphs or printed forms, with three lines around them; "" when the graphs do the same.
+
+    A line that only moved, so that values before it have other numbers, is no difference."""
+    a, b = ((value if isinstance(value, str) else text(value)).splitlines() for value in (before, after))
+    rows = list(_rows(a, b))
+    changed = [i for i, row in enumerate(rows) if row[0] != " "]
+    shown = sorted({j for i in changed for j in range(max(0, i - 3), min(len(rows), i + 4))})
+    gaps = {j for i, j in pairwise(shown) if j != i + 1}
+    return "\n".join(line for i in shown for line in (["..."] if i in gaps else []) + [rows[i]])
+
+
+def _rows(a: list[str], b: list[str]) -> Iterator[str]:
+    """Every line, marked " ", "-" or "+"; common lines with the numbers of `b`."""
+    plain_a, plain_b = ([_NUMBER.sub("%", line) for line in lines] for lines in (a, b))
+    numbers: dict[tuple[int, str], str] = {}  # (indentation, number in b) -> number in a
+    for tag, i1, i2, j1, j2 in difflib.SequenceMatcher(None, plain_a, plain_b).get_opcodes():
+        if tag != "equal":
+            _pair(a[i1:i2], b[j1:j2], numbers)
+            if i2 - i1 == j2 - j1:  # one for one: what reads the new value reads what stood there
+                for x, y in zip(a[i1:i2], b[j1:j2], strict=True):
+                    _renumbered(x, y, numbers)
+            yield from (f"- {x}" for x in a[i1:i2])
+            yield from (f"+ {y}" for y in b[j1:j2])
+            continue
+        for x, y in zip(a[i1:i2], b[j1:j2], strict=True):
+            same = _NUMBER.findall(x) == _renumbered(x, y, numbers)
+            yield from (f"  {y}",) if same else (f"- {x}", f"+ {y}")
+
+
+def _pair(a: list[str], b: list[str], numbers: dict[tuple[int, str], str]) -> None:
+    """Among lines that differ, the calls of one op in order make the same values: what reads them has not changed."""
+    made = [(_MADE.match(x), x) for x in a]
+    left = [(m[2], _NUMBER.findall(x)[0]) for m, x in made if m]
+    for y in b:
+        m = _MADE.match(y)
+        old = next((pair for pair in left if m and pair[0] == m[2]), None)
+        if m and old is not None:
+            left.remove(old)
+            numbers[len(m[1]), _NUMBER.findall(y)[0]] = old[1]
+
+
+def _renumbered(x: str, y: str, numbers: dict[tuple[int, str], str]) -> list[str | None]:
+    """The values of line `y` under the numbers that they have in the other graph, whose line `x` says what `y` makes."""
+    indent = len(y) - len(y.lstrip())
+    if _MADE.match(x) and _MADE.match(y):
+        numbers[indent, _NUMBER.findall(y)[0]] = _NUMBER.findall(x)[0]
+    return [numbers.get((indent, n)) for n in _NUMBER.findall(y)]
 
 
 def path_of(node: Node) -> str:
@@ -45,8 +93,7 @@ def path_of(node: Node) -> str:
 
 def where(node: Node) -> str:
     """The path, and the user's source line when it is known: "encoder.query (model.py:12)"."""
-    trace = node.meta.get("stack_trace") or ""
-    found = re.findall(r'File "([^"]+)", line (\d+)', trace)
+    found = re.findall(r'File "([^<"][^"]*)", line (\d+)', node.meta.get("stack_trace") or "")
     return f"{path_of(node)} ({found[-1][0]}:{found[-1][1]})" if found else path_of(node)
 
 
@@ -80,12 +127,16 @@ def _lines(gm: GraphModule, indent: str) -> list[str]:
 
 
 def _line(node: Node, names: dict[Node, str], name: str) -> str:
+    if node.op == "get_attr":  # what it names may be missing
+        return f"{name} = @{node.target}"
     if node.op == "placeholder":
         return f"{name}: {_type(node)}"
-    arguments = [_argument(a, names) for a in node.args] + [f"{k}={_argument(v, names)}" for k, v in node.kwargs.items()]
+    if node.op == "output":
+        return f"return {_returned(node, names)}"
+    arguments = [_argument(a, names) for a in node.args] + [f"{k}={_argument(v, names)}" for k, v in sorted(node.kwargs.items())]
     if fixed := getattr(node.target, "fixed", ()):
         arguments += [f"{k}=<{str(getattr(getattr(a, 'type', None), 'name', 'attribute')).lower()}>" for k, a in fixed]
-    return f"{name}: {_type(node)} = {target_name(node)}({', '.join(arguments)})" if node.op != "output" else f"return {_returned(node, names)}"
+    return f"{name}: {_type(node)} = {target_name(node)}({', '.join(arguments)})"
 
 
 def _inputs(graph: Graph) -> list[str]:

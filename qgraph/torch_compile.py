@@ -84,7 +84,7 @@ def _program(frozen: GraphModule, kept: list[int], example_inputs: Sequence[Any]
 
     inputs = tuple(example_inputs[i] for i in kept)
     dynamic = [i for i, x in enumerate(example_inputs) if not isinstance(x, torch.Tensor)]
-    shapes = tuple({d: torch.export.Dim.AUTO for d in range(x.dim())} for x in inputs) if dynamic else None
+    shapes = tuple(dict.fromkeys(range(x.dim()), torch.export.Dim.AUTO) for x in inputs) if dynamic else None
     graph = capture(frozen, inputs, dynamic_shapes=shapes)
     if not any(view_any(SITES, n) for n in graph.graph.nodes):
         run: Compiled = graph

@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from qgraph import ops_legal  # noqa: F401  the rules of the qg dialect
-from qgraph.edit import graph_modules
+from qgraph.edit import graph_modules, named_targets
 from qgraph.errors import VerificationError
 from qgraph.ledger import State
 from qgraph.legal import checks, dialect_of, legal
@@ -85,11 +85,11 @@ def _dialect(node: Node, allowed: set[str] | None) -> str | None:
 def _frame(gm: GraphModule) -> Iterator[Problem]:
     """Inputs first, one output last, and no nested graph that nothing reads."""
     nodes = list(gm.graph.nodes)
-    first = next((i for i, n in enumerate(nodes) if n.op != "placeholder"), len(nodes))
+    first = next((i for i, n in enumerate(nodes) if n.op not in ("placeholder", "get_attr")), len(nodes))
     yield from ((node, "is an input after the first computed value") for node in nodes[first:] if node.op == "placeholder")
     if [n.op for n in nodes].count("output") != 1 or nodes[-1].op != "output":
         yield nodes[-1] if nodes else None, "the graph must end with its only output node"
-    used = {str(n.target).split(".")[0] for n in nodes if n.op in ("get_attr", "call_module")}
+    used = {target.split(".")[0] for target in named_targets(gm)}
     dangling = (name for name, child in gm.named_children() if isinstance(child, GraphModule) and name not in used)
     yield from ((None, f"nested graph {name!r} is read by no node") for name in dangling)
 
@@ -113,4 +113,6 @@ def _message(gm: GraphModule, node: Node | None, problem: str, after: str | None
     nodes = list(gm.graph.nodes)
     at = nodes.index(node)
     shown = range(max(0, at - NEIGHBOURS), min(len(nodes), at + NEIGHBOURS + 1))
-    return "\n".join([f"{prefix}%{node.name} at {where(node)} {problem}", *(f"{'>' if i == at else ' '} {describe(nodes[i])}" for i in shown)])
+    return "\n".join(
+        [f"{prefix}%{node.name} at {where(node)} {problem}", *(f"{'>' if i == at else ' '} {describe(nodes[i])}" for i in shown)]
+    )

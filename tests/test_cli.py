@@ -120,7 +120,7 @@ def test_inspect_says_why_onnxruntime_cannot_load_a_file(tmp_path):
     )
     onnx.save(model, tmp_path / "odd.onnx")
     text = run("inspect", tmp_path / "odd.onnx").stdout
-    assert "cannot load it" in text and "Odd" in text
+    assert "refuses the model" in text and "Odd" in text
 
 
 def test_passes_lists_every_pass_with_its_contract():

@@ -7,18 +7,36 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from qgraph.edit import add_constant
 from qgraph.onnx_io import opset, require_opset
 from qgraph.onnx_ops import op
 from qgraph.onnx_values import onnx_dtype
-from qgraph.rewrite import Rewriter
+from qgraph.pipeline import Context
+from qgraph.rewrite import Rewriter, Rule, graph_modules
 from qgraph.text import path_of
 from qgraph.types import TensorType, type_of
 
 MICROSOFT = "com.microsoft"
 FLOAT = int(ir.DataType.FLOAT)
+
+
+NEEDS = "onnxruntime.opsets"
+Needs = dict[str, tuple[int, str]]
+"""In a graph's meta: domain -> the version that emitted nodes need, and which one needs it."""
+
+
+def emit(gm: GraphModule, ctx: Context, *rules: Rule) -> int:
+    """Apply rules that make ONNX nodes, then raise the model to the smallest opsets that these need.
+
+    Not while the rules run: raising an opset rewrites other nodes."""
+    count = ctx.apply(gm, rules)
+    for part in list(graph_modules(gm)):
+        needs: Needs = part.meta.pop(NEEDS, {})
+        for domain, (version, reason) in needs.items():
+            require_opset(gm, version, reason, domain=domain)
+    return count
 
 
 class Emitter:
@@ -35,11 +53,12 @@ class Emitter:
         main: bool = False, outputs: int = 1, **attributes: Any,
     ) -> Node:  # fmt: skip
         """One node. `since`: the opset that first has this form. Its type is `dtype` with the shape of `like`, where they are given."""
-        if domain:
-            require_opset(self.rw.gm, 1, f"{op_type} at {self.path}", domain=domain)
-        else:
-            require_opset(self.rw.gm, since, f"{op_type} at {self.path}")
-        target = op(op_type, domain=domain, version=opset(self.rw.gm, domain), outputs=outputs)
+        version = max(opset(self.rw.gm, domain), since)
+        if version > opset(self.rw.gm, domain):
+            needs: Needs = self.rw.gm.meta.setdefault(NEEDS, {})
+            if version > needs.get(domain, (0, ""))[0]:
+                needs[domain] = version, f"{op_type} at {self.path}"
+        target = op(op_type, domain=domain, version=version, outputs=outputs)
         node = self.rw.call(target, *args, origin=self.origin, **attributes)
         node.meta["name"] = self.path if main else f"{self.path}/{op_type}"
         self._typed(node, dtype, like)
@@ -74,6 +93,6 @@ class Emitter:
         array = value.cpu().numpy().astype(ir.DataType[dtype.upper()].numpy())
         target = add_constant(self.rw.gm, f"{self.origin.name}_{hint}", ir.tensor(array))
         with self.rw.gm.graph.inserting_before(self.rw.root):
-            node = self.rw.gm.graph.get_attr(target)
+            node = self.rw.gm.graph.create_node("get_attr", target)
         node.meta["type"] = TensorType(dtype, tuple(value.shape))
         return node

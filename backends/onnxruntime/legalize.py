@@ -1,6 +1,6 @@
 """Passes that turn an onnx-dialect graph with qg ops into what ONNX Runtime's CPU provider fuses (see backends/README.md for the table).
 
-    turn_weights -> claim_kernels -> multiply_out_weights -> quantize_biases -> lower_qg_ops -> merge_equal
+    open_fused -> absorb_activation -> turn_weights -> widen_half -> claim_kernels -> multiply_out_weights -> quantize_biases -> lower_qg_ops -> merge_equal
 
 Every pass is usable alone; after the last one no qg op is left.
 """
@@ -14,20 +14,22 @@ import torch
 from torch.fx import GraphModule, Node, map_arg
 
 from qgraph.backends.onnxruntime import weights
-from qgraph.backends.onnxruntime.emit import MICROSOFT, Emitter
+from qgraph.backends.onnxruntime.emit import Emitter, emit
+from qgraph.backends.onnxruntime.fused import OpenFused
+from qgraph.backends.onnxruntime.half import WidenHalf
 from qgraph.backends.onnxruntime.linear import LINEAR_RULES
+from qgraph.backends.onnxruntime.pool import pool_in_integers
 from qgraph.backends.onnxruntime.sites import constant, is_integer_site, static_source
 from qgraph.backends.onnxruntime.standard import leftovers, lower_rules
 from qgraph.errors import LoweringError
-from qgraph.onnx_io import opset, require_opset
 from qgraph.ops import Q, quantize_bias
+from qgraph.passes.absorb_activation import AbsorbActivation
 from qgraph.pattern import Const, Match, Op, Opt, Var
 from qgraph.pipeline import EQUIVALENT, EXACT, Context, Contract, Pass
 from qgraph.qparams import BIAS_LIMIT
 from qgraph.rewrite import Rewriter, erase, graph_modules, rule
 from qgraph.text import where
-from qgraph.types import int_range
-from qgraph.views import Activation, Conv, Dequantize, Linear, Quantize, const_value, view
+from qgraph.views import Conv, Dequantize, Linear, Quantize, const_value, view
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,14 @@ class TurnWeights(Pass):
     contract: ClassVar[Contract] = EXACT
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
-        count = ctx.apply(gm, [weights.turn])
+        count = emit(gm, ctx, weights.turn)
         return count + sum(_separate(node) for part in graph_modules(gm) for node in list(part.graph.nodes))
 
 
 def _separate(node: Node) -> int:
     """One dequantization of a constant per reader, so that each may become what its reader wants. The integers stay shared."""
     v = view(Dequantize, node)
-    if v is None or const_value(v.q) is None:
+    if v is None or node.target is not Q.dequantize.default or const_value(v.q) is None:
         return 0
     readers = list(node.users)[1:]
     for reader in readers:
@@ -54,7 +56,16 @@ def _separate(node: Node) -> int:
     return len(readers)
 
 
-@rule(Op(Dequantize, "dq", q=Op(Quantize, "q", single_use=True, axis=None, dtype="int8"), axis=None, scale=Const("s"), zero_point=Opt(Const("z"))))
+@rule(
+    Op(
+        Dequantize,
+        "dq",
+        q=Op(Quantize, "q", single_use=True, axis=None, dtype="int8"),
+        axis=None,
+        scale=Const("s"),
+        zero_point=Opt(Const("z")),
+    )
+)
 def unsigned(m: Match, rw: Rewriter) -> Node | None:
     """Static int8 activations become uint8 with the zero point moved by 128, the type of the fast kernels."""
     v, inner = view(Dequantize, m.dq), view(Quantize, m.q)
@@ -66,22 +77,6 @@ def unsigned(m: Match, rw: Rewriter) -> Node | None:
     return rw.call(Q.dequantize.default, q, v.scale, moved, "uint8", like=m.dq)
 
 
-@rule(Op(Quantize, x=Op(Activation, "act", single_use=True, x=Var("x")), scale=Const("s"), zero_point=Opt(Const("z")), axis=None, dtype=Var("dtype")))
-def saturate(m: Match, rw: Rewriter) -> Node | None:
-    """quantize(clip(x)) -> quantize(x) where the limits are at or beyond the ends of the integers: saturation does the same.
-
-    ONNX Runtime sees this for Relu only when the zero point is the smallest integer, and for Clip not after rounding of the scale."""
-    act = view(Activation, m.act)
-    if act is None or act.kind not in ("relu", "clip"):
-        return None
-    scale, zero = constant(m.s, rw), None if m.z is None else constant(m.z, rw)
-    ends = int_range(m.dtype)
-    for limit, end in ((act.low, ends[0]), (act.high, ends[1])):
-        if limit is not None and int(Q.quantize(torch.tensor(limit, dtype=torch.float32), scale.float(), zero, m.dtype)) != end:
-            return None
-    return rw.call(Q.quantize.default, m.x, m.s, m.z, m.dtype, like=m.root)
-
-
 @dataclass(frozen=True)
 class ClaimKernels(Pass):
     """Linears and embeddings with integer weights become the kernels that read these integers (linear.py, weights.py)."""
@@ -89,7 +84,7 @@ class ClaimKernels(Pass):
     contract: ClassVar[Contract] = EQUIVALENT(1e-2)
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
-        return ctx.apply(gm, [unsigned, saturate]) + ctx.apply(gm, [*LINEAR_RULES, weights.gather])
+        return emit(gm, ctx, unsigned, pool_in_integers) + emit(gm, ctx, *LINEAR_RULES, weights.gather)
 
 
 @dataclass(frozen=True)
@@ -99,7 +94,7 @@ class MultiplyOutWeights(Pass):
     contract: ClassVar[Contract] = EXACT
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
-        return ctx.apply(gm, [weights.multiply_out])
+        return emit(gm, ctx, weights.multiply_out)
 
 
 @dataclass(frozen=True)
@@ -113,10 +108,10 @@ class QuantizeBiases(Pass):
     contract: ClassVar[Contract] = EQUIVALENT(1e-4)
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
-        return ctx.apply(gm, [quantize_bias_of_conv, quantize_bias_of_gemm])
+        return emit(gm, ctx, quantize_bias_of_conv, quantize_bias_of_gemm)
 
 
-WEIGHT = Op(Dequantize, "w", q=Const("q"), scale=Const("s"))
+WEIGHT = Op(Q.dequantize.default, "w", q=Const("q"), scale=Const("s"))
 
 
 @rule(Op(Conv, x=Var("x"), weight=WEIGHT, bias=Const("bias"), transposed=False))
@@ -148,10 +143,13 @@ def _with_integer_bias(m: Match, rw: Rewriter, *, out_axis: int) -> Node | None:
     b = o("DequantizeLinear", o.const(found, "bias"), o.const(steps, "bias_scale"), dtype="float32", since=13, axis=0)
     changed = {m.bias: b, m.w: weight}
     args, kwargs = map_arg((m.root.args, m.root.kwargs), lambda n: changed.get(n, n))
-    return rw.call(m.root.target, *args, like=m.root, **kwargs)
+    attributes: dict[str, Any] = dict(kwargs)
+    return rw.call(m.root.target, *args, like=m.root, **attributes)
 
 
-def coarser(q: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, x_scale: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+def coarser(
+    q: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, x_scale: torch.Tensor, axis: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric per-channel weight integers in a scale in which the bias takes at most 2**30 steps: (integers, scale [N])."""
     old = scale.reshape(-1).float().expand(q.shape[axis])
     least = bias.abs().float() / (x_scale.reshape(()).float() * BIAS_LIMIT) * (1 + 2**-20)  # a hair above, for the product's rounding
@@ -167,12 +165,12 @@ class LowerQgOps(Pass):
     contract: ClassVar[Contract] = EXACT
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
-        count = ctx.apply(gm, lower_rules())
+        count = emit(gm, ctx, *lower_rules())
         left = leftovers([n for part in graph_modules(gm) for n in part.graph.nodes])
         if left:
-            raise LoweringError(f"{where(left[0])}: the onnxruntime backend has no lowering for {left[0].target}; add it to its table LOWER")
-        for domain in ("", MICROSOFT):  # a nested body asks for what the whole model must import
-            require_opset(gm, max(opset(part, domain) for part in graph_modules(gm)), "nested body", domain=domain)
+            raise LoweringError(
+                f"{where(left[0])}: the onnxruntime backend has no lowering for {left[0].target}; add it to its table LOWER"
+            )
         return count
 
 
@@ -210,5 +208,15 @@ def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, tuple | list) else value
 
 
-LEGALIZE: tuple[Pass, ...] = (TurnWeights(), ClaimKernels(), MultiplyOutWeights(), QuantizeBiases(), LowerQgOps(), MergeEqual())
+LEGALIZE: tuple[Pass, ...] = (
+    OpenFused(),
+    AbsorbActivation(),
+    TurnWeights(),
+    WidenHalf(),
+    ClaimKernels(),
+    MultiplyOutWeights(),
+    QuantizeBiases(),
+    LowerQgOps(),
+    MergeEqual(),
+)
 """The backend's passes in order."""

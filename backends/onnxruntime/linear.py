@@ -78,8 +78,10 @@ def _as_level_4(dtype: str, symmetric: bool, axis: int | None, group: int, w: We
 
 def _matmul_nbits(s: LinearSite, w: Weight, x: Node, *, size: int, level: int, rw: Rewriter) -> Node:
     o, (n, k) = Emitter(rw, s.node), w.q.shape
-    grid = (w.scale, w.zero_point) if w.group else (w.per_channel[:, None], None if w.zero_point is None else w.zero_point.reshape(-1, 1).expand(n, 1))
-    b = matmul_blocks(w.q, *grid, w.dtype, group=w.group or -(-k // size) * size, block=size)
+    scale, zero = w.scale, w.zero_point
+    if not w.group:  # one group as long as a row
+        scale, zero = w.per_channel[:, None], None if zero is None else zero.reshape(-1, 1).expand(n, 1)
+    b = matmul_blocks(w.q, scale, zero, w.dtype, group=w.group or -(-k // size) * size, block=size)
     bias, half = s.bias_value(), "float16" if s.half == "float16" else None
     float_type = getattr(torch, half or "float32")
     operands = [o.const(b.data, "blocks"), o.const(b.scale.to(float_type), "scale")]

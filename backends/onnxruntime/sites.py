@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from qgraph.ops import Q
 from qgraph.pattern import Const, Inputs, Match, Op
 from qgraph.rewrite import Rewriter, Rule
 from qgraph.types import type_of
@@ -72,7 +73,8 @@ class LinearSite:
             return None
         if turned:
             q = q.T
-            scale, zero = (t if t is None or t.dim() < 2 else t.T for t in (scale, zero))  # type: ignore[assignment]
+            if self.w.group:
+                scale, zero = scale.T, None if zero is None else zero.T
         return Weight(q, scale, zero, self.w.dtype, self.w.group)
 
     def kn(self, rw: Rewriter) -> Node:
@@ -92,7 +94,7 @@ def _turn(t: Tensor) -> Tensor:
     return t.T
 
 
-WEIGHT = Op(Dequantize, "weight", q=Const("q"))
+WEIGHT = Op(Q.dequantize.default, "weight", q=Const("q"))
 LINEAR = Op(Linear, "linear", weight=WEIGHT)
 BIASED = Op(Elementwise, kind="add", inputs=Inputs(Op(Linear, "linear", single_use=True, weight=WEIGHT), Const("bias")))
 

@@ -73,7 +73,7 @@ def _opset(dtype: str, axis: int | None, group: int, scale: Tensor | None) -> in
     return max(first, 19) if half else first
 
 
-def _attributes(axis: int | None, group: int) -> dict[str, int]:
+def _attributes(axis: int | None, group: int) -> dict[str, Any]:
     return {} if axis is None else {"axis": axis} | ({"block_size": group} if group else {})
 
 
@@ -94,13 +94,15 @@ def quantize(node: Node, rw: Rewriter) -> Node:
     """QuantizeLinear. The integer type is that of the zero point, so there always is one."""
     p, o = operands(node), Emitter(rw)
     if p["dtype"] not in ONNX_INTEGERS or p["group"] == -1:
-        raise LoweringError(f"{where(node)}: ONNX has no QuantizeLinear to {p['dtype']}{' per token' if p['group'] == -1 else ''}; use int8 or uint8")
+        raise LoweringError(
+            f"{where(node)}: ONNX has no QuantizeLinear to {p['dtype']}{' per token' if p['group'] == -1 else ''}; use int8 or uint8"
+        )
     scale = const_value(p["scale"])
     zero = _integers(o, p["zero_point"], p["dtype"], "zero_point", scale)
     operands_ = (p["x"], p["scale"]) if zero is None else (p["x"], p["scale"], zero)
     since = _opset(p["dtype"], p["axis"], p["group"], scale)
     extra = _attributes(p["axis"], p["group"])
-    return o("QuantizeLinear", *operands_, dtype=p["dtype"], like=node, since=since, main=True, **extra)
+    return o("QuantizeLinear", *operands_, dtype=p["dtype"], like=p["x"], since=since, main=True, **extra)
 
 
 @lowers(Q.dequantize.default)
@@ -112,7 +114,8 @@ def dequantize(node: Node, rw: Rewriter) -> Node:
         raise LoweringError(f"{where(node)}: ONNX has no DequantizeLinear of {p['dtype']}{' per token' if p['group'] == -1 else ''}")
     scale = const_value(p["scale"])
     q = _integers(o, p["q"], dtype, "integers", None)
-    zero = None if p["zero_point"] is None else _integers(o, p["zero_point"], dtype, "zero_point", scale)
+    stored = is_const(p["q"])  # QGemm is made only where the weight has a zero point, be it all zeros
+    zero = _integers(o, p["zero_point"], dtype, "zero_point", scale) if stored or p["zero_point"] is not None else None
     operands_ = (q, p["scale"]) if zero is None else (q, p["scale"], zero)
     since = _opset(dtype, p["axis"], p["group"], scale)
     extra = _attributes(p["axis"], p["group"])
@@ -140,7 +143,9 @@ def dynamic_quantize(node: Node, rw: Rewriter) -> Lowered:
     if (p["dtype"], p["symmetric"], p["axis"]) != ("uint8", False, None):
         per = "per token" if p["group"] == -1 else f"per group of {p['group']}" if p["group"] else "per tensor"
         kind = f"{p['dtype']} {'symmetric' if p['symmetric'] else 'asymmetric'} {per}"
-        raise LoweringError(f"{where(node)}: ONNX Runtime has no kernel for x quantized at run time as {kind} here; use uint8 asymmetric per tensor")
+        raise LoweringError(
+            f"{where(node)}: ONNX Runtime has no kernel for x quantized at run time as {kind} here; use uint8 asymmetric per tensor"
+        )
     t = type_of(p["x"])
     half = t.dtype if t is not None and t.dtype in ("float16", "bfloat16") else None
     x = o.cast(p["x"], "float32") if half else p["x"]
@@ -152,5 +157,3 @@ def dynamic_quantize(node: Node, rw: Rewriter) -> Lowered:
 def leftovers(nodes: list[Node]) -> list[Node]:
     """qg nodes that are still in a graph."""
     return [n for n in nodes if re.match(r"qgraph[.:]", str(n.target)) and n.op == "call_function"]
-
-

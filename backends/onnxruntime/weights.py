@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import Node
 
@@ -14,7 +16,8 @@ from qgraph.rewrite import Rewriter, rule
 from qgraph.types import storage
 from qgraph.views import DataMovement, Dequantize, Embedding, view
 
-STORED = Op(Dequantize, "w", q=Const("q"), scale=Const("scale"))
+STORED = Op(Q.dequantize.default, "w", q=Const("q"), scale=Const("scale"))
+"""Not any Dequantize: a DequantizeLinear that the model came with, or that another rule has made, stays."""
 
 
 @rule(Op(DataMovement, kind="transpose", x=STORED, perm=Var("perm")))
@@ -74,7 +77,7 @@ def _gather_blocks(m: Match, w: Dequantize, rw: Rewriter) -> Node | None:
     operands = [o.const(b.data, "blocks"), m.indices, o.const(b.scale, "scale")]
     if b.zero_point is not None:
         operands.append(o.const(b.zero_point, "zero_point"))
-    attributes = {"bits": b.bits, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
+    attributes: dict[str, Any] = {"bits": b.bits, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
     return o("GatherBlockQuantized", *operands, like=m.root, domain=MICROSOFT, main=True, **attributes)
 
 
@@ -144,5 +147,3 @@ def _unblocked(o: Emitter, y: Node, w: Dequantize, shape: torch.Size, float_type
         return y
     bounds = (o.const(torch.tensor([n]), "bound") for n in (0, shape[axis], axis))
     return o("Slice", y, *bounds, dtype=float_type, since=10)
-
-

@@ -1,0 +1,1 @@
+"""Backends: what turns a converted graph into a program; see README.md here."""

@@ -1,0 +1,100 @@
+"""Program: a lowered graph in an ONNX Runtime session. Torch tensors in, torch tensors out; arrays in, arrays out."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from onnx import checker, helper
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from qgraph.backend import Kernel
+from qgraph.backends.onnxruntime.kernels import kernels
+from qgraph.backends.onnxruntime.runtime import Options, newest_ir_version, session
+from qgraph.errors import LoweringError, ModelError
+from qgraph.onnx_io import save_onnx
+from qgraph.onnx_opset import header
+
+FILE = "model.onnx"
+
+
+@dataclass
+class Program:
+    """Runs the file in `folder`, a temporary one that lives as long as the program.
+
+    `gm` is the graph in pure ONNX operators; `structure` is how the flat outputs are returned: torch's tree, or None for a tuple (ONNX)."""
+
+    gm: GraphModule
+    folder: tempfile.TemporaryDirectory[str]
+    session: ort.InferenceSession
+    options: Options = field(default_factory=Options)
+    structure: pytree.TreeSpec | None = None
+
+    @property
+    def path(self) -> Path:
+        return Path(self.folder.name) / FILE
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """Run on positional inputs (nested ones are flattened), on named ones, or on one mapping of names.
+
+        Raises ModelError for a wrong number or name of inputs."""
+        feeds = self._feeds(inputs, named)
+        arrays = any(isinstance(v, np.ndarray) for v in feeds.values())
+        found = self.session.run(None, {k: _array(v) for k, v in feeds.items()})
+        values = found if arrays else [torch.from_numpy(np.ascontiguousarray(v)) for v in found]
+        return tuple(values) if self.structure is None else pytree.tree_unflatten(values, self.structure)
+
+    def _feeds(self, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Any]:
+        names = [i.name for i in self.session.get_inputs()]
+        only = inputs[0] if len(inputs) == 1 and not named else None
+        if isinstance(only, Mapping):
+            inputs, named = (), only
+        flat: list[Any] = pytree.tree_leaves(inputs)
+        feeds = dict(zip(names, flat, strict=False)) | dict(named)
+        if len(flat) + len(named) != len(names) or set(feeds) != set(names):
+            got = f"{len(flat)} positional" + (f" and {', '.join(named)}" if named else "")
+            raise ModelError(f"the program takes {', '.join(names)}; got {got}")
+        return feeds
+
+    def kernels(self) -> list[Kernel]:
+        """Per promised node what ONNX Runtime made of it, read from the graph that it optimized itself."""
+        return kernels(str(self.path), self.options)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the model, and its external data where it has some, to `path`; an existing file is replaced by a complete one only."""
+        save_onnx(self.gm, path)
+
+
+def _array(value: Any) -> Any:
+    return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+
+
+def build(gm: GraphModule, *, options: Options, structure: pytree.TreeSpec | None = None) -> Program:
+    """The program of a graph of pure ONNX operators: written, checked by the ONNX checker, loaded by ONNX Runtime.
+
+    Raises LoweringError when one of them refuses it."""
+    fit_ir_version(gm)
+    folder: tempfile.TemporaryDirectory[str] = tempfile.TemporaryDirectory(prefix="qgraph-")
+    path = os.path.join(folder.name, FILE)
+    save_onnx(gm, path)
+    try:
+        checker.check_model(path)
+    except checker.ValidationError as error:
+        raise LoweringError(f"the lowered model is not valid ONNX: {' '.join(str(error).split())}") from error
+    return Program(gm, folder, session(path, options), options, structure)
+
+
+def fit_ir_version(gm: GraphModule) -> None:
+    """Keeps the model's ir_version, moved into the range from what its opsets need to what ONNX Runtime reads."""
+    opsets = [helper.make_opsetid(domain, version) for domain, version in header(gm).opsets.items()]
+    least = helper.find_min_ir_version_for(opsets, ignore_unknown=True)
+    model = gm.meta["onnx_model"]
+    gm.meta["onnx_model"] = replace(model, ir_version=min(max(model.ir_version, least), max(least, newest_ir_version())))

@@ -1,0 +1,104 @@
+"""insert_fake_quant: observers and noted formats become fake_quantize, on both dialects."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from qgraph.backends.onnxruntime.placement import PLACEMENT
+from qgraph.errors import CalibrationError
+from qgraph.observe import Observer
+from qgraph.passes.insert_fake_quant import InsertFakeQuant
+from qgraph.passes.insert_observers import InsertObservers
+from qgraph.recipe import load_recipe
+from qgraph.testing import check, from_onnx, from_torch
+
+X = torch.linspace(-2, 1, 6).view(2, 3)
+
+
+def prepared(gm: GraphModule, recipe: str, *batches: Tensor) -> GraphModule:
+    InsertObservers(load_recipe(recipe), PLACEMENT)(gm)
+    for batch in batches:
+        gm(batch)
+    return gm
+
+
+def linear() -> nn.Linear:
+    net = nn.Linear(3, 2)
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([[1.0, -2.0, 0.5], [4.0, 3.0, -1.0]]))
+        net.bias.copy_(torch.tensor([0.25, -4.0]))
+    return net
+
+
+def test_torch_observers_become_fake_quantize_with_what_they_saw() -> None:
+    gm, want = from_torch(linear(), X)
+    check(
+        InsertFakeQuant(),
+        (prepared(gm, "w8a8", X), want),
+        (X,),
+        """
+        %0: f32[2,3] = qg.fake_quantize(%input, @input_1_scale, @input_1_zero_point, 'uint8', None, 0)
+        %1: f32[2,3] = qg.fake_quantize(@weight, @weight_scale, None, 'int8', 0, 0)
+        %2: f32[2,2] = aten.linear(%0, %1, @bias)
+        return %2
+        """,
+        tol=0.05,
+    )
+    assert gm.input_1_scale.item() == pytest.approx(3 / 255) and gm.input_1_zero_point.item() == 170
+    assert torch.allclose(gm.weight_scale, torch.tensor([2 / 127, 4 / 127]))
+
+
+def test_onnx_dynamic_activations_are_quantized_at_run_time_once_for_all_readers() -> None:
+    source = """
+        <ir_version: 10, opset_import: ["": 17]>
+        g (float[2,3] x) => (float[2,2] y, float[2,2] z)
+          <float[3,2] v = {1, -2, 3, -4, 5, -6}, float[3,2] w = {0.5, 1, 2, 3, -1, 4}> {
+            y = MatMul (x, v)
+            z = MatMul (x, w)
+          }
+    """
+    gm, want = from_onnx(source, X)
+    gm = check(InsertFakeQuant(), (prepared(gm, "w8a8-dynamic"), want), (X,), None, tol=0.15)
+    assert sum("dynamic_quantize" in str(n.target) for n in gm.graph.nodes) == 1
+    assert gm.v_scale.tolist() == pytest.approx([5 / 127, 6 / 127])
+
+
+def test_group_wise_weights_have_zero_points() -> None:
+    gm, _ = from_torch(nn.Linear(32, 2), torch.ones(1, 32))
+    InsertFakeQuant()(prepared(gm, "w4a16-g16"))
+    assert gm.weight_scale.shape == gm.weight_zero_point.shape == (2, 2)
+
+
+def test_a_weight_that_two_operations_read_is_quantized_once() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(torch.relu(self.inner(x)))
+
+    gm, _ = from_torch(Tied(), X)
+    InsertFakeQuant()(prepared(gm, "w8a16"))
+    assert sum("fake_quantize" in str(n.target) for n in gm.graph.nodes) == 1
+
+
+def test_half_precision_models_get_half_precision_scales() -> None:
+    net, x = linear().half(), X.half()
+    gm, _ = from_torch(net, x)
+    InsertFakeQuant()(prepared(gm, "w8a8", x))
+    assert gm.weight_scale.dtype == gm.input_1_scale.dtype == torch.float16
+    assert gm(x).dtype == torch.float16
+
+
+def test_declines_an_observer_without_data() -> None:
+    gm, _ = from_torch(linear(), X)
+    with pytest.raises(CalibrationError, match="'input_1' has no range: it was never observed"):
+        InsertFakeQuant()(prepared(gm, "w8a8"))
+
+
+def test_no_observer_is_left() -> None:
+    gm, _ = from_torch(linear(), X)
+    InsertFakeQuant()(prepared(gm, "w8a8", X))
+    assert not any(isinstance(m, Observer) for m in gm.modules())

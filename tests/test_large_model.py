@@ -1,0 +1,80 @@
+"""A model over 2 GB: imported, changed and written without its weights ever entering memory."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+WIDTH, LAYERS = 8192, 10
+"""Ten matrices of 256 MiB."""
+
+PROGRAM = textwrap.dedent("""
+    import copy, sys
+    from qgraph.onnx_io import from_onnx, save_onnx
+    from qgraph.onnx_ops import op
+    gm = copy.deepcopy(from_onnx(sys.argv[1]))
+    relu = next(n for n in gm.graph.nodes if getattr(n.target, "key", "") == "::Relu")
+    with gm.graph.inserting_before(relu):
+        new = gm.graph.call_function(op("Sigmoid", version=17), (relu.args[0],))
+    relu.replace_all_uses_with(new)
+    gm.graph.erase_node(relu)
+    save_onnx(gm, sys.argv[2])
+    print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+""")
+
+
+def external(name: str, offset: int) -> TensorProto:
+    tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=[WIDTH, WIDTH], data_location=TensorProto.EXTERNAL)
+    for key, value in {"location": "weights.bin", "offset": offset, "length": 4 * WIDTH**2}.items():
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
+def write_model(folder: Path) -> Path:
+    """x -> ten products -> Relu; the data file is all hole but the first row of each matrix, which holds its number."""
+    size = 4 * WIDTH**2
+    with (folder / "weights.bin").open("wb") as file:
+        for i in range(LAYERS):
+            file.seek(i * size)
+            file.write(np.full(WIDTH, i + 1, np.float32).tobytes())
+        file.truncate(LAYERS * size)
+    nodes = [helper.make_node("MatMul", [f"y{i}" if i else "x", f"w{i}"], [f"y{i + 1}"], name=f"layer{i}") for i in range(LAYERS)]
+    nodes.append(helper.make_node("Relu", [f"y{LAYERS}"], ["out"], name="last"))
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", WIDTH]) for n in ("x", "out")]
+    graph = helper.make_graph(nodes, "large", ends[:1], ends[1:], [external(f"w{i}", i * size) for i in range(LAYERS)])
+    model = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 17)])
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    return folder / "model.onnx"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads peak memory from /proc")
+def test_a_model_of_2_5_gb_is_changed_in_less_than_1_gb_of_memory(tmp_path):
+    source, target = write_model(tmp_path), tmp_path / "changed.onnx"
+    root = Path(__file__).resolve().parents[1]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-c", PROGRAM, str(source), str(target)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    data = tmp_path / "changed.onnx.data"
+    print(f"\npeak resident memory {int(done.stdout) / 1e6:.2f} GB for {data.stat().st_size / 1e9:.2f} GB of weights")
+    assert int(done.stdout) * 1024 < 1e9
+    check_written(target, data)
+    assert data.stat().st_blocks * 512 < 1e8, "holes were not kept"
+
+
+def check_written(target: Path, data: Path):
+    model = onnx.load(target, load_external_data=False)
+    assert [n.op_type for n in model.graph.node] == ["MatMul"] * LAYERS + ["Sigmoid"]
+    assert model.graph.output[0].name == model.graph.node[-1].output[0] == "out"
+    assert data.stat().st_size >= LAYERS * 4 * WIDTH**2 > 2.5e9
+    for i, tensor in enumerate(model.graph.initializer):
+        entries = {e.key: e.value for e in tensor.external_data}
+        assert (tensor.name, entries["location"], int(entries["length"])) == (f"w{i}", "changed.onnx.data", 4 * WIDTH**2)
+        rows = np.memmap(data, np.float32, mode="r", offset=int(entries["offset"]), shape=(WIDTH, WIDTH))
+        assert (rows[0] == i + 1).all() and not rows[1].any()
+    onnx.checker.check_model(str(target))
