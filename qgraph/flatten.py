@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.graph import _PyTreeCodeGen
 
 from qgraph.errors import CaptureError
 from qgraph.origin import source_line
@@ -85,12 +86,20 @@ def _promotes(node: Node) -> bool:
     return any(d != dtypes[0] and d != torch.bool for d in dtypes)
 
 
+class _Structure(_PyTreeCodeGen):
+    """The module's own arguments and results around the flat graph. Copies share the description: torch's, copied, warns."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Structure:
+        return _Structure(self.pytree_info)
+
+
 class _Flattener:
     """State of one copy: the new graph, its tensors, and which values share memory."""
 
     def __init__(self, source: GraphModule) -> None:
         self.graph = Graph()
-        self.graph.set_codegen(source.graph._codegen)
+        codegen = source.graph._codegen
+        self.graph.set_codegen(_Structure(codegen.pytree_info) if isinstance(codegen, _PyTreeCodeGen) else codegen)
         self.attributes: dict[str, Any] = {}
         self.constants: dict[Any, Node] = {}
         self.paths: dict[Any, list[str]] = {}

@@ -9,6 +9,7 @@ body as `body__function`.
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,7 +86,8 @@ class OnnxOp:
         return _restore, (self.domain, self.op_type, self.version, fixed, self.outputs, self.overload)
 
 
-_INTERNED: dict[Any, OnnxOp] = {}
+# Weak: an operator that carries a tensor goes with the graphs that use it.
+_INTERNED: weakref.WeakValueDictionary[Any, OnnxOp] = weakref.WeakValueDictionary()
 
 
 def op(op_type: str, *, domain: str = "", version: int = 1, fixed: Fixed = (), outputs: int = 1, overload: str = "") -> OnnxOp:
@@ -149,7 +151,7 @@ def run_body(body: GraphModule, inputs: Sequence[Any], *, attributes: Mapping[st
     """Runs a nested graph or a function's body; `attributes` are what references inside it stand for."""
     formal = sum(n.op == "placeholder" for n in body.graph.nodes)
     padded = [*inputs, *[None] * (formal - len(inputs))]
-    return tuple(_Body(body, attributes).run(*padded))
+    return tuple(_Body(body, attributes).run(*padded) if attributes else body(*padded))
 
 
 class _Body(Interpreter):

@@ -95,14 +95,19 @@ def _attribute(op: OnnxOp, name: str, value: Any) -> onnx.AttributeProto:
 
 
 def make_attribute(op: OnnxOp, name: str, value: Any) -> onnx.AttributeProto:
-    """An attribute of the type that the operator's schema declares: FX keeps `1.0` and `1`, but not an empty list's type."""
+    """An attribute of the type that the operator's schema declares: a rewrite may write 2 for 2.0, and an empty list has no type."""
     declared = None
     if onnx.defs.has(op.op_type, op.version, op.domain):
         known = onnx.defs.get_schema(op.op_type, op.version, op.domain).attributes.get(name)
         if known is not None:
             kind: Any = known.type
             declared = int(kind)
-    return helper.make_attribute(name, list(value) if isinstance(value, (list, tuple)) else value, attr_type=declared)
+    plain = list(value) if isinstance(value, (list, tuple)) else value
+    if declared == onnx.AttributeProto.FLOAT:
+        plain = float(plain)
+    elif declared == onnx.AttributeProto.FLOATS:
+        plain = [float(v) for v in plain]
+    return helper.make_attribute(name, plain, attr_type=declared)
 
 
 def _type_proto(array: Any) -> onnx.TypeProto:

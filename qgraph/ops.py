@@ -185,8 +185,8 @@ def _through_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight, scale, zero_point = ctx.saved_tensors
     axis = reference.weight_axis(scale, ctx.group)
     w = dequantize(weight, scale, zero_point, ctx.dtype, axis, ctx.group)
-    d_bias = None if ctx.bias_type is None else grad.flatten(0, -2).sum(0).to(ctx.bias_type)
-    return grad @ w.to(grad.dtype), None, None, None, d_bias, None, None
+    d_bias = None if ctx.bias_type is None else grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_type)
+    return grad.matmul(w.to(grad.dtype)), None, None, None, d_bias, None, None
 
 
 fake_quantize.register_autograd(_straight_through, setup_context=_keep_inputs)

@@ -26,8 +26,18 @@ def error_line(error: BaseException) -> str | None:
 
 def source_line(node: Node) -> str | None:
     """The same for the node's stack trace."""
+    return _spell(_own(_frames(node)))
+
+
+def source_place(node: Node) -> str | None:
+    """`file.py:12` alone."""
+    frame = _own(_frames(node))
+    return None if frame is None else f"{frame.filename}:{frame.lineno}"
+
+
+def _frames(node: Node) -> list[FrameSummary]:
     found = _FRAME.finditer(node.meta.get("stack_trace") or "")
-    return _spell(_own(FrameSummary(m["file"], int(m["line"]), m["name"], line=m["code"] or "", lookup_line=False) for m in found))
+    return [FrameSummary(m["file"], int(m["line"]), m["name"], line=m["code"] or "", lookup_line=False) for m in found]
 
 
 def _own(frames: Iterable[FrameSummary]) -> FrameSummary | None:

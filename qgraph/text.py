@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from qgraph.origin import source_place
 from qgraph.types import TensorType, type_of
 
 _NUMBER = re.compile(r"%\d+\b")
@@ -93,8 +94,8 @@ def path_of(node: Node) -> str:
 
 def where(node: Node) -> str:
     """The path, and the user's source line when it is known: "encoder.query (model.py:12)"."""
-    found = re.findall(r'File "([^<"][^"]*)", line (\d+)', node.meta.get("stack_trace") or "")
-    return f"{path_of(node)} ({found[-1][0]}:{found[-1][1]})" if found else path_of(node)
+    place = source_place(node)
+    return f"{path_of(node)} ({place})" if place else path_of(node)
 
 
 def describe(node: Node) -> str:

@@ -18,6 +18,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes import common as onnx_passes
 from onnxscript import optimizer, rewriter
+from onnxscript.rewriter.rules import common as rules
 from torch._ops import OpOverload
 from torch.export import Dim
 from torch.fx import Graph, GraphModule
@@ -32,6 +33,25 @@ from qgraph.qg_onnx import restore_qg_ops, translation
 _OPSET, _GELU_OPSET = 18, 20
 # Constants computed from larger tensors (elements) are left to qgraph's own passes: torch.onnx would copy and rename weights.
 _SMALL = 1024
+
+# Rules that undo the exporter's spelling of shapes and padding. None of them computes new weights, as folding batch norms would.
+_TIDYING = (
+    rules.cast_cast_rule,
+    rules.no_op_cast_rule,
+    rules.no_op_expand_rule,
+    rules.no_op_transpose_rule,
+    rules.transpose_transpose_rule,
+    rules.reshape_reshape_rule,
+    rules.squeeze_reshape_1d_rule,
+    rules.unsqueeze_unsqueeze_rule,
+    rules.collapse_slice_rule,
+    rules.collapse_slice2_rule,
+    rules.materialize_reshape_shape_rule,
+    rules.normalize_pad_format_conv_rule,
+    rules.fuse_pad_into_conv_rule,
+    rules.min_max_rule,
+    rules.max_min_rule,
+)
 
 
 def to_onnx_dialect(gm: GraphModule, *, opset: int | None = None) -> GraphModule:
@@ -144,7 +164,7 @@ def _simplify(model: ir.Model) -> None:
     # A second round folds what the rewrites of the first one uncovered.
     for _ in range(2):
         optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=_may_fold)
-        rewriter.rewrite(model)
+        rewriter.rewrite(model, _TIDYING)
         optimizer.remove_unused_nodes(model)
     onnx_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     _merge_shape_constants(model.graph)

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import inspect
 import io
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.export import Dim
 from torch.fx import GraphModule
 
 from qgraph.capture import capture
+from qgraph.edit import copy_graph
 from qgraph.errors import CaptureError
 from qgraph.ledger import state
 
@@ -406,3 +408,13 @@ def test_a_tensor_kept_on_the_module_does_not_stay_there() -> None:
     module = Keeps()
     capture(module, torch.ones(2))
     assert not hasattr(module, "last")
+
+
+def test_the_flow_copies_a_captured_graph_without_warnings() -> None:
+    ids = torch.randint(0, 10, (3, 4))
+    gm = capture(Tagger(), ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        twin = copy_graph(gm)
+    assert twin.graph is not gm.graph and twin.embed.weight is gm.embed.weight
+    torch.testing.assert_close(twin(ids), gm(ids))

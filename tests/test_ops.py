@@ -175,7 +175,7 @@ def test_dynamic_quantize_equals_the_loop(problem, symmetric: bool) -> None:
 
 
 def test_fake_quantize_passes_gradients_inside_its_range_only() -> None:
-    x = torch.tensor([-1.4, -1.29, -1.2, 0.0, 0.3, 1.26, 1.29, math.inf, math.nan], requires_grad=True)
+    x = torch.tensor([-1.31, -1.3, -1.2, 0.0, 1.25, 1.26, 1.29, math.inf, math.nan], requires_grad=True)
     y = Q.fake_quantize(x, torch.tensor(0.01), torch.tensor(2, dtype=torch.int8), "int8")  # represents -1.30 .. 1.25
     (y[:-2] * torch.arange(1.0, 8.0)).sum().backward()
     assert x.grad.tolist() == [0.0, 2.0, 3.0, 4.0, 5.0, 0.0, 0.0, 0.0, 0.0]
@@ -188,13 +188,14 @@ def test_fake_quantize_trains_per_channel_in_bfloat16() -> None:
     assert x.grad.tolist() == [[0.0, 0.0, 1.0], [1.0, 1.0, 1.0]]
 
 
-def test_dequant_linear_has_the_gradients_of_linear() -> None:
+@pytest.mark.parametrize("rows", [(2, 3), (), (0,)])
+def test_dequant_linear_has_the_gradients_of_linear(rows: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     w = torch.randint(-8, 8, (4, 5), dtype=torch.int8)
     scale, zero = torch.rand(4, 3) + 0.5, torch.randint(-3, 3, (4, 3), dtype=torch.int8)
-    x, bias = torch.randn(2, 3, 5, requires_grad=True), torch.randn(4, requires_grad=True)
+    x, bias = torch.randn(*rows, 5, requires_grad=True), torch.randn(4, requires_grad=True)
     weight = Q.dequantize(w, scale, zero, "int4", 1, 2)
-    up = torch.randn(2, 3, 4)
+    up = torch.randn(*rows, 4)
     got = torch.autograd.grad((Q.dequant_linear(x, w, scale, zero, bias, "int4", 2) * up).sum(), (x, bias))
     want = torch.autograd.grad((torch.nn.functional.linear(x, weight, bias) * up).sum(), (x, bias))
     torch.testing.assert_close(got, want)
@@ -244,6 +245,14 @@ def test_integer_sums_are_exact_beyond_float32_and_wrap_beyond_int32() -> None:
     big, small = torch.full((1, 3), 65535, dtype=torch.int32).to(torch.uint16), torch.full((1, 3), -32768, dtype=torch.int16)
     want = np.array([3 * 65535 * -32768], np.int64).astype(np.int32).astype(np.float32)
     assert Q.quantized_linear(big, one, None, "uint16", small, one, None, "int16", None).item() == want.item()
+
+
+def test_requantization_is_one_multiplication_by_a_rounded_factor() -> None:
+    x, w = torch.tensor([[35]], dtype=torch.int8), torch.tensor([[1]], dtype=torch.int8)
+    arguments = (x, torch.tensor(0.01), None, "int8", w, torch.tensor(1.0), None, "int8")
+    y = (torch.tensor(0.1), None, "int8")
+    assert Q.quantized_linear(*arguments, None, *y).item() == 3  # 35 * (0.01 / 0.1) is just below 3.5 in float32
+    assert Q.quantized_linear(*arguments, torch.tensor([0.0]), *y).item() == 4  # quantize(35 * 0.01 + 0.0)
 
 
 def test_quantized_linear_has_one_scale_per_token() -> None:

@@ -26,6 +26,9 @@ def test_every_finite_range_gets_a_scale_that_represents_zero_and_its_bounds(a: 
     scale, zero = choose_qparams(low, high, QSpec(dtype, symmetric))
     assert scale.dtype == torch.float32 and zero.dtype == storage(dtype)
     assert 1.17e-38 < scale.item() < math.inf
+    qmin, qmax = int_range(dtype)
+    width = max(-min(a, b, 0.0), max(a, b, 0.0)) / ((qmax - qmin) // 2) if symmetric else (max(a, b, 0.0) - min(a, b, 0.0)) / (qmax - qmin)
+    assert scale.item() <= max(width * 1.000001, 1.18e-38) or width == 0
     assert Q.fake_quantize(torch.zeros(3), scale, zero, dtype).tolist() == [0.0] * 3
     bounds = torch.stack([low, high])
     error = (Q.fake_quantize(bounds, scale, zero, dtype).double() - bounds.double()).abs().max()

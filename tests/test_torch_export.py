@@ -97,6 +97,24 @@ def test_weights_keep_their_names_layout_and_memory() -> None:
         assert found[name].shape == parameter.shape
 
 
+def test_padding_merges_into_the_convolution_and_batch_norm_does_not() -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.norm = nn.Conv2d(3, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8)
+            nn.init.normal_(self.norm.running_mean)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.relu6(self.norm(self.conv(nn.functional.pad(x, (0, 1, 0, 1)))))
+
+    module, x = Padded().eval(), torch.randn(2, 3, 8, 8)
+    gm = to_onnx_dialect(capture(module, x))
+    assert kinds(gm)["Conv"] == kinds(gm)["BatchNormalization"] == 1 and "Pad" not in kinds(gm)
+    assert constants(gm)["conv.weight"].data_ptr() == module.conv.weight.data_ptr()
+    torch.testing.assert_close(run(gm, x), [module(x)], rtol=1e-4, atol=1e-4)
+
+
 def test_nodes_are_named_after_their_module_and_carry_no_source() -> None:
     gm = to_onnx_dialect(capture(Head(), torch.randn(2, 3, 6)))
     nodes = [n for n in gm.graph.nodes if isinstance(n.target, OnnxOp)]

@@ -1,6 +1,6 @@
 """Passes that turn an onnx-dialect graph with qg ops into what ONNX Runtime's CPU provider fuses (see backends/README.md for the table).
 
-    open_fused -> absorb_activation -> turn_weights -> widen_half -> claim_kernels -> multiply_out_weights -> quantize_biases -> lower_qg_ops -> merge_equal
+    open_fused -> fold_pad -> absorb_activation -> turn_weights -> widen_half -> claim_kernels -> multiply_out_weights -> quantize_biases -> lower_qg_ops -> merge_equal
 
 Every pass is usable alone; after the last one no qg op is left.
 """
@@ -19,11 +19,13 @@ from qgraph.backends.onnxruntime.fused import OpenFused
 from qgraph.backends.onnxruntime.half import WidenHalf
 from qgraph.backends.onnxruntime.linear import LINEAR_RULES
 from qgraph.backends.onnxruntime.pool import pool_in_integers
+from qgraph.backends.onnxruntime.shield import ShieldFloat
 from qgraph.backends.onnxruntime.sites import constant, is_integer_site, static_source
 from qgraph.backends.onnxruntime.standard import leftovers, lower_rules
 from qgraph.errors import LoweringError
 from qgraph.ops import Q, quantize_bias
 from qgraph.passes.absorb_activation import AbsorbActivation
+from qgraph.passes.fold_pad import FoldPad
 from qgraph.pattern import Const, Match, Op, Opt, Var
 from qgraph.pipeline import EQUIVALENT, EXACT, Context, Contract, Pass
 from qgraph.qparams import BIAS_LIMIT
@@ -210,6 +212,7 @@ def _frozen(value: Any) -> Any:
 
 LEGALIZE: tuple[Pass, ...] = (
     OpenFused(),
+    FoldPad(),
     AbsorbActivation(),
     TurnWeights(),
     WidenHalf(),
@@ -217,6 +220,7 @@ LEGALIZE: tuple[Pass, ...] = (
     MultiplyOutWeights(),
     QuantizeBiases(),
     LowerQgOps(),
+    ShieldFloat(),
     MergeEqual(),
 )
 """The backend's passes in order."""

@@ -114,9 +114,10 @@ def multiply_out(m: Match, rw: Rewriter) -> Node | None:
         y = o("Reshape", y, o.const(torch.tensor(blocks), "shape"), dtype=float_type, since=5)
     for op_type, factor in (("Sub", zero), ("Mul", scale)):
         if factor is not None:
-            y = o(op_type, y, o.const(_spread(factor.to(scale.dtype), w, q.dim()), op_type), dtype=float_type, since=7)
+            like = None if w.group else m.w  # the shape tells readers what they are
+            y = o(op_type, y, o.const(_spread(factor.to(scale.dtype), w, q.dim()), op_type), dtype=float_type, like=like, since=7)
     if w.group:
-        y = _unblocked(o, y, w, width, float_type)
+        y = _unblocked(o, y, m.w, w, width)
     return y
 
 
@@ -139,11 +140,12 @@ def _spread(factor: torch.Tensor, w: Dequantize, rank: int) -> torch.Tensor:
     return factor.unsqueeze(axis + 1) if w.group else factor.reshape([-1 if d == axis else 1 for d in range(rank)])
 
 
-def _unblocked(o: Emitter, y: Node, w: Dequantize, shape: torch.Size, float_type: str) -> Node:
+def _unblocked(o: Emitter, y: Node, root: Node, w: Dequantize, shape: torch.Size) -> Node:
+    """Blocks side by side again, without what the last one has too much."""
     axis = w.axis % len(shape)  # type: ignore[operator]
     whole = [*shape[:axis], -(-shape[axis] // w.group) * w.group, *shape[axis + 1 :]]
-    y = o("Reshape", y, o.const(torch.tensor(whole), "shape"), dtype=float_type, since=5)
     if list(shape) == whole:
-        return y
+        return o("Reshape", y, o.const(torch.tensor(whole), "shape"), like=root, since=5)
+    y = o("Reshape", y, o.const(torch.tensor(whole), "shape"), since=5)
     bounds = (o.const(torch.tensor([n]), "bound") for n in (0, shape[axis], axis))
-    return o("Slice", y, *bounds, dtype=float_type, since=10)
+    return o("Slice", y, *bounds, like=root, since=10)

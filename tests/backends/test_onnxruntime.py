@@ -332,6 +332,29 @@ def test_conv_transpose_weights_are_stored_as_integers_and_folded():
     assert stored[onnx.TensorProto.INT8] == [6, 10, 3, 2] and became(program) == ["ConvTranspose"]
 
 
+@pytest.mark.parametrize("op", ["Conv", "ConvTranspose", "Gemm"])
+@pytest.mark.parametrize("tail", ["", "y = Relu(r)"])
+@pytest.mark.parametrize("weight", ["float", "folded"])
+def test_a_product_kept_in_float_between_integers_is_not_quantized_by_the_runtime(op, tail, weight):
+    """ONNX Runtime quantizes float weights between DequantizeLinear and QuantizeLinear by itself."""
+    torch.manual_seed(0)
+    if op == "Gemm":
+        last = "r" if tail else "y"
+        text = f'<ir_version: 8, opset_import: ["": 13]> g (float[B,6] x) => (float[B,12] y) {{ {last} = Gemm<transB=1>(x, w, b) {tail} }}'
+        gm = load(text, w=torch.randn(12, 6), b=torch.randn(12))
+    else:
+        gm = conv_model(op, torch.randn(6, 6, 3, 3), tail=tail, out=6)
+    if weight == "folded":
+        quantize_weight(gm, node_of(gm, op), dtype="int4" if op != "ConvTranspose" else "int8")
+        node_of(gm, op).args[1].update_arg(3, "int4")
+    quantize_static(gm, next(n for n in gm.graph.nodes if n.op == "output").args[0][0], 0.0 if tail else -9.0, 9.0)
+    quantize_static(gm, placeholder(gm), -2.0, 3.0)
+    gm, x = ready(gm), torch.randn(8, 6) if op == "Gemm" else torch.randn(1, 6, 7, 7)
+    (got,), (want,) = ORT.lower(copy.deepcopy(gm))(x), gm(x)
+    # sums in another order may cross a tie, nothing else may differ
+    assert ((got - want).abs() > 1e-5).float().mean() < 0.01
+
+
 # Graphs whose products were fused before.
 
 
