@@ -226,7 +226,7 @@ def fold_before(m: Match, rw: Rewriter) -> Node | None:
     if found is None:
         return None
     shifts = bool(found.shift.any())
-    if False:
+    if shifts and not _is_uniform(layer.view):
         return _scale_under_shift(m.pre, found, layer)
     if found.per_channel and not found.norm:
         rw.decline("constants per channel before a layer stay: they end a layer norm or the like, which runtimes fuse as a whole")

@@ -64,7 +64,8 @@ def _inputs(example: Any) -> Inputs:
         return (), example
     if isinstance(example, tuple | list):
         return tuple(example), {}
-    raise CaptureError(f"example_inputs must be a tuple of arguments, a dict of keyword arguments or a tensor, got {type(example).__name__}")
+    kind = type(example).__name__
+    raise CaptureError(f"example_inputs must be a tuple of arguments, a dict of keyword arguments or a tensor, got {kind}")
 
 
 def _in_order(inputs: Inputs, signature: inspect.Signature) -> Inputs:
@@ -152,8 +153,8 @@ def _attempt(call: Callable[[], T]) -> T | Exception:
 
 def _refused(module: torch.nn.Module, error: Exception) -> CaptureError:
     name, at = type(module).__name__, error_line(error)
-    where = f" at {at}" if at else ""
-    return CaptureError(f"{name} fails on the example inputs themselves{where} ({_reason(error)}); give example_inputs that forward() accepts")
+    what = f"{name} fails on the example inputs themselves{f' at {at}' if at else ''} ({_reason(error)})"
+    return CaptureError(f"{what}; give example_inputs that forward() accepts")
 
 
 def _explained(module: torch.nn.Module, error: Exception) -> CaptureError:
@@ -175,7 +176,7 @@ def _reason(error: Exception) -> str:
 def _remedy(error: Exception) -> str:
     text = str(error)
     if isinstance(error, GuardOnDataDependentSymNode) or "data-dependent" in text:
-        return "the program may not depend on the values in a tensor: use torch.where or torch.cond, or compute the value outside of forward()"
+        return "the program may not depend on the values in a tensor: use torch.where or torch.cond, or compute it outside of forward()"
     if "numpy" in text:
         return "use the torch function instead of numpy's"
     if "dynamic_shapes" in text or "Constraints violated" in text:

@@ -63,6 +63,11 @@ def _packet(node: Node) -> str:
     return str(node.target.overloadpacket) if isinstance(node.target, OpOverload) else ""
 
 
+def _aliases(target: OpOverload) -> list[Any]:
+    """What the schema says of arguments whose memory is written, or may be shared with the result."""
+    return [a.alias_info for a in target._schema.arguments if a.alias_info is not None]
+
+
 def _whole(node: Node) -> tuple[OpOverload, tuple[Any, ...]] | None:
     """Inference norms in the spelling with several results, of which one is read: the plain op of one result, and its arguments."""
     if any(user.target is not operator.getitem or user.args[1] != 0 for user in node.users):
@@ -158,7 +163,7 @@ class _Flattener:
             return env[node.args[0]][node.args[1]]  # type: ignore[index]
         if (whole := _whole(node)) is not None:
             return (self.named(whole[0], self.mapped(whole[1], env), {}, node), None, None)
-        if isinstance(node.target, OpOverload) and any(a.alias_info is not None and a.alias_info.is_write for a in node.target._schema.arguments):
+        if isinstance(node.target, OpOverload) and any(a.is_write for a in _aliases(node.target)):
             return self.write(node, env)
         return self.share(node, self.graph.node_copy(node, lambda n: self.newest(env[n])))
 
@@ -178,7 +183,7 @@ class _Flattener:
 
     def share(self, node: Node, new: Node) -> Node:
         """Notes that `new` may be a view of its first input."""
-        viewing = isinstance(node.target, OpOverload) and any(a.alias_info is not None for a in node.target._schema.arguments)
+        viewing = isinstance(node.target, OpOverload) and _aliases(node.target)
         if (viewing or node.target is operator.getitem) and new.all_input_nodes:
             self.memory[new] = self.base(new.all_input_nodes[0])
             self.viewed.add(self.memory[new])

@@ -43,6 +43,7 @@ def require_opset(gm: GraphModule, version: int, reason: str, *, domain: str = "
 def bring_up_to_date(gm: GraphModule) -> None:
     """Raises nodes that a rewrite made for an older version than the graph imports. Raises ModelError for newer ones."""
     for part in _parts(gm, set()):
+        old = False
         for node in list(part.graph.nodes):
             if isinstance(node.target, OnnxOp) and (imported := opset(part, node.target.domain)):
                 if node.target.version > imported:
@@ -50,7 +51,11 @@ def bring_up_to_date(gm: GraphModule) -> None:
                         f"node {node.name!r} ({node.target!r}) needs opset {node.target.version} of {node.target.domain or 'ai.onnx'!r}, "
                         f"the graph imports {imported}; call require_opset first"
                     )
-                upgrade_node(part, node, imported, reason="the graph's opset")
+                if node.target.version < imported:
+                    upgrade_node(part, node, imported, reason="the graph's opset")
+                    old = True
+        if old:
+            part.recompile()
 
 
 def _raise_to(part: GraphModule, version: int, reason: str, domain: str) -> None:

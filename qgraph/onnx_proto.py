@@ -39,14 +39,14 @@ def deserialize(proto: onnx.ModelProto) -> ir.Model:
     """The model with an `Extras` in every graph's meta. The proto is copied only when it holds what onnx_ir refuses.
 
     Raises ModelError when the proto is not a valid model."""
-    if any(_needs_care(g) for g in _all_graphs(proto)):
+    if any(_needs_care(g) for g in all_graphs(proto)):
         proto = _copy(proto)
-    stripped = [_strip(g) for g in _all_graphs(proto)]
+    stripped = [_strip(g) for g in all_graphs(proto)]
     try:
         model: ir.Model = ir.from_proto(proto)
     except (ir.serde.SerdeError, ValueError, KeyError, TypeError, NotImplementedError) as error:
         raise ModelError(f"the model is not valid ONNX: {_innermost(error)}") from error
-    for (graph, source), taken in zip(_pairs(model, proto), stripped, strict=True):
+    for (graph, source), taken in zip(pairs(model, proto), stripped, strict=True):
         graph.meta[EXTRAS] = _extras(source, taken, graph)
     _keep_training(model, proto)
     return model
@@ -56,7 +56,7 @@ def serialize(model: ir.Model) -> onnx.ModelProto:
     """The inverse, for a model that the caller gives away: its sparse attributes are moved into the result."""
     sparse = {id(n): attrs for n in _all_nodes(model) if (attrs := _pop_sparse(n))}
     proto: onnx.ModelProto = ir.to_proto(model)
-    for graph, written in list(_pairs(model, proto)):
+    for graph, written in list(pairs(model, proto)):
         for node, node_proto in zip(graph, written.node, strict=True):
             _restore_node(node, node_proto, sparse.get(id(node), []))
         if (extras := graph.meta.get(EXTRAS)) is not None:
@@ -87,7 +87,7 @@ def attribute_proto(attr: ir.Attr) -> onnx.AttributeProto:
 # Walking both forms side by side
 
 
-def _all_graphs(proto: onnx.ModelProto) -> Iterator[GraphLike]:
+def all_graphs(proto: onnx.ModelProto) -> Iterator[GraphLike]:
     for graph in (proto.graph, *proto.functions):
         yield from _nested(graph)
 
@@ -100,7 +100,7 @@ def _nested(graph: GraphLike) -> Iterator[GraphLike]:
                 yield from _nested(body)
 
 
-def _pairs(model: ir.Model, proto: onnx.ModelProto) -> Iterator[tuple[ir.Graph, GraphLike]]:
+def pairs(model: ir.Model, proto: onnx.ModelProto) -> Iterator[tuple[ir.Graph, GraphLike]]:
     yield from _nested_pairs(model.graph, proto.graph)
     for function, source in zip(model.functions.values(), proto.functions, strict=True):
         yield from _nested_pairs(function.graph, source)

@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from qgraph.errors import ModelError
 from qgraph.onnx_external import byte_range
 from qgraph.onnx_import import import_model
+from qgraph.onnx_inline import put_weights, take_weights
 from qgraph.onnx_proto import deserialize
 
 
@@ -34,7 +35,10 @@ def from_onnx(source: str | os.PathLike[str] | onnx.ModelProto | ir.Model) -> Gr
 def read_model(path: str | os.PathLike[str]) -> ir.Model:
     """An ONNX file as onnx_ir has it, checked as `from_onnx` does and raising the same errors."""
     path = Path(path)
-    return _deserialize(_read(path), f"{os.fspath(path)!r}", base=os.fspath(path.parent))
+    proto, weights = take_weights(_read(path))
+    model = _deserialize(proto, f"{os.fspath(path)!r}", base=os.fspath(path.parent))
+    put_weights(model, proto, weights)
+    return model
 
 
 def _read(path: Path) -> onnx.ModelProto:

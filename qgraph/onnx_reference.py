@@ -102,7 +102,7 @@ def make_attribute(op: OnnxOp, name: str, value: Any) -> onnx.AttributeProto:
         if known is not None:
             kind: Any = known.type
             declared = int(kind)
-    plain = list(value) if isinstance(value, (list, tuple)) else value
+    plain: Any = list(value) if isinstance(value, (list, tuple)) else value
     if declared == onnx.AttributeProto.FLOAT:
         plain = float(plain)
     elif declared == onnx.AttributeProto.FLOATS:

@@ -16,7 +16,8 @@ _FRAME = re.compile(r'File "(?P<file>.+?)", line (?P<line>\d+), in (?P<name>\S+)
 _SITE = tuple({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
 _STANDARD = sysconfig.get_path("stdlib")
 # Frames of these packages are machinery on the way to the line that the user wrote, or below it.
-_MACHINERY = (str(Path(torch.__file__).parent), str(Path(__file__).parent), *(f"{s}/{p}/" for s in _SITE for p in ("numpy", "torchgen", "sympy")))
+_LIBRARIES = tuple(f"{site}/{name}/" for site in _SITE for name in ("numpy", "torchgen", "sympy"))
+_MACHINERY = (f"{Path(torch.__file__).parent}/", f"{Path(__file__).parent}/", *_LIBRARIES)
 
 
 def error_line(error: BaseException) -> str | None:

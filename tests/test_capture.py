@@ -418,3 +418,19 @@ def test_the_flow_copies_a_captured_graph_without_warnings() -> None:
         twin = copy_graph(gm)
     assert twin.graph is not gm.graph and twin.embed.weight is gm.embed.weight
     torch.testing.assert_close(twin(ids), gm(ids))
+
+
+def test_both_branches_of_a_cond_are_kept() -> None:
+    class Either(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.fc = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cond(x.sum() > 0, lambda x: self.fc(x), lambda x: x - 1, (x,))
+
+    module, x = Either().eval(), torch.rand(2, 3)
+    gm = copy.deepcopy(capture(module, x))
+    for value in (x, -x):
+        torch.testing.assert_close(gm(value), module(value))

@@ -1,8 +1,10 @@
 """ONNX in and out: rewriting, names, nested graphs, functions, external data, and what onnx_ir alone does not carry."""
 
 import copy
+import gc
 import os
 import pickle
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +106,27 @@ def test_a_new_constant_in_an_old_model_raises_its_ir_version():
         add.args = (add.args[0], gm.graph.get_attr(add_constant(gm, "shift", torch.ones(5))))
     written = to_proto(gm)
     assert written.ir_version == 4 and {i.name for i in written.graph.initializer} == {"w", "b", "shift"}
+
+
+def test_a_file_out_of_order_is_read_in_a_valid_order():
+    proto = linear()
+    shuffled = [proto.graph.node[i] for i in (2, 0, 1)]
+    nodes = [onnx.NodeProto.FromString(n.SerializeToString()) for n in shuffled]
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    assert [n.name for n in same_in_ort(from_onnx(proto), X).graph.node] == ["product", "sum", "act"]
+
+
+def test_weights_of_a_file_lie_in_memory_once(tmp_path):
+    proto = parse('<ir_version: 10, opset_import: ["": 18]> g (float[4,512] x) => (float[4,9] y) { y = MatMul (x, w) }')
+    proto.graph.initializer.append(numpy_helper.from_array(np.linspace(-1, 1, 512 * 9, dtype=np.float32).reshape(512, 9), "w"))
+    proto.graph.initializer[0].doc_string = "weights"
+    path = tmp_path / "m.onnx"
+    path.write_bytes(proto.SerializeToString())
+    gm = from_onnx(path)
+    (constant,) = (n for n in gm.graph.nodes if n.op == "get_attr")
+    assert constant.meta["onnx_value"].const_value.numpy().ctypes.data == gm.w.data_ptr()
+    assert equal(to_proto(gm), proto)
 
 
 # Writing after a rewrite
@@ -604,6 +627,20 @@ def test_an_operator_is_one_object_through_copies_and_pickles():
     for one in (op("Gemm", version=13, outputs=1), target):
         assert copy.deepcopy(one) is one and copy.copy(one) is one and pickle.loads(pickle.dumps(one)) is one
     assert fixed()[0].tolist() == [3, 4]
+
+
+def test_an_operator_with_a_tensor_goes_with_its_graph():
+    def constant():
+        return from_onnx(
+            parse('<ir_version: 10, opset_import: ["": 18]> g () => (int64[2] y) { y = Constant <value = int64[2] {5, 6}> () }')
+        )
+
+    first, second = constant(), constant()
+    assert node_of(first, "Constant").target is node_of(second, "Constant").target
+    gone = weakref.ref(node_of(first, "Constant").target)
+    del first, second
+    gc.collect()
+    assert gone() is None
 
 
 def test_generated_code_names_operators_and_keeps_odd_attributes_out():

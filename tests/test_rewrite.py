@@ -10,6 +10,7 @@ from torch.fx import Graph, GraphModule, Node
 from qgraph import rewrite
 from qgraph.edit import copy_graph
 from qgraph.errors import QGraphError, VerificationError
+from qgraph.onnx_ops import op
 from qgraph.pattern import Const, Inputs, Op, Var
 from qgraph.rewrite import Decline, Rule, apply, erase, graph_modules, is_pure, replace, rule
 from qgraph.testing import check, from_onnx, from_torch
@@ -157,6 +158,18 @@ def test_onnx_nodes_keep_their_name_and_infer_types_from_declared_shapes():
     product = next(n for n in gm.graph.nodes if n.target is ATEN.matmul.default)
     assert (path_of(product), str(type_of(product)), "val" in product.meta) == ("head", "f32[2,2]", False)
     check_graph(gm)
+
+
+def test_a_new_onnx_op_takes_the_type_of_what_it_replaces():
+    @rule(Op("::Neg", X=Var("x")))
+    def to_abs(m, rw):
+        return rw.call(op("Abs", version=21), m.x)
+
+    gm, _ = from_onnx("""
+        <ir_version: 10, opset_import: ["": 21]> g (float[N,3] x) => (float[N,3] y) { y = Neg (x) }
+    """, X)  # fmt: skip
+    apply(gm, [to_abs])
+    assert text(gm) == "%0: f32[N,3] = onnx.Abs(%x)\nreturn %0"
 
 
 def test_declines_are_kept_with_rule_node_and_reason():
@@ -382,6 +395,30 @@ def test_erase_stops_at_nodes_that_have_other_users_or_effects():
     assert [n.op for n in graph.nodes] == ["placeholder", "call_function", "call_function", "output"]
 
 
+def test_erase_reports_only_survivors_as_touched():
+    graph = Graph()
+    x = graph.placeholder("x")
+    value = graph.call_function(ATEN.neg.default, (x,))
+    left, right = (graph.call_function(t, (value,)) for t in (ATEN.abs.default, ATEN.relu.default))
+    both = graph.call_function(ATEN.sub.Tensor, (left, right))
+    removed, touched = erase(both)
+    assert set(removed) == {value, left, right, both} and touched == [x]
+
+
+def test_parameters_of_a_module_that_is_still_called_stay():
+    graph = Graph()
+    x = graph.placeholder("x")
+    y = graph.create_node("call_module", "fc", (x,))
+    row = graph.call_function(ATEN.select.int, (graph.create_node("get_attr", "fc.weight"), 0, 1))
+    graph.output((y, graph.call_function(ATEN.mul.Tensor, (x, row))))
+    root = torch.nn.Module()
+    root.fc = torch.nn.Linear(3, 2)
+    gm = GraphModule(root, graph)
+    keep_x = Rule("keep_x", Op(ATEN.mul.Tensor, self=Var("x"), other=Op(ATEN.select.int)), lambda m, rw: m.x)
+    assert apply(gm, [keep_x]).count == 1
+    assert gm(X)[0].shape == (2, 2)
+
+
 def test_replace_works_alone():
     gm, _ = start(lambda m, x: torch.relu(-x), X)
     relu = next(n for n in gm.graph.nodes if n.target is ATEN.relu.default)
@@ -420,6 +457,48 @@ def test_a_deep_pattern_is_looked_at_again_when_a_late_rewrite_completes_it():
     gm, _ = start(lambda m, x: torch.neg(torch.neg(torch.relu(x))), X)
     assert apply(gm, [cancel, to_tanh, to_sigmoid]).count == 3
     assert text(gm) == "%0: f32[2,3] = aten.sigmoid(%args_0)\nreturn %0"
+
+
+def test_a_node_that_died_while_it_waited_is_not_visited():
+    visited = []
+
+    @rule(Op(ATEN.relu.default, self=Var("x")))
+    def to_tanh(m, rw):
+        return rw.call(ATEN.tanh.default, m.x)
+
+    @rule(Op(ATEN.neg.default, self=Op(ATEN.tanh.default, self=Var("x"))))
+    def absorb(m, rw):
+        return rw.call(ATEN.sigmoid.default, m.x)
+
+    def watch(target):
+        return Rule("watch", Op(target, "node"), lambda m, rw: visited.append(m.node))
+
+    gm, _ = start(lambda m, x: torch.neg(torch.relu(x)), X)
+    assert apply(gm, [to_tanh, absorb, watch(ATEN.tanh.default)]).count == 2
+    split = Rule("whole", Op(ATEN.split.Tensor, self=Var("x")), lambda m, rw: (m.x, m.x))
+    gm, _ = start(lambda m, x: torch.split(x, 2)[0], X)
+    assert apply(gm, [split, watch(operator.getitem)]).count == 1
+    assert visited == []
+
+
+def test_a_decline_is_forgotten_when_the_rule_applies_after_all():
+    @rule(Op(ATEN.relu.default, "act", self=Var("x")))
+    def shy(m, rw):
+        if len(m.act.users) > 1:
+            rw.decline("too many readers")
+        return rw.call(ATEN.sigmoid.default, m.x)
+
+    @rule(Op(ATEN.sub.Tensor, self=Var("x")))
+    def drop_sub(m, rw):
+        return m.x
+
+    def fn(m, x):
+        act = torch.relu(x)
+        return -act, x - act
+
+    assert [d.reason for d in apply(start(fn, X)[0], [shy]).declines] == ["too many readers"]
+    applied = apply(start(fn, X)[0], [shy, drop_sub])
+    assert (applied.count, applied.declines) == (2, ())
 
 
 def test_rules_that_undo_each_other_end_with_an_error_that_names_one():

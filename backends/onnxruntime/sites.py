@@ -14,7 +14,7 @@ from qgraph.ops import Q
 from qgraph.pattern import Const, Inputs, Match, Op
 from qgraph.rewrite import Rewriter, Rule
 from qgraph.types import type_of
-from qgraph.views import Conv, Dequantize, DynamicQuantize, Elementwise, Linear, Quantize, const_value, is_const, view
+from qgraph.views import Conv, Dequantize, DynamicQuantize, Elementwise, Linear, const_value, is_const, view
 
 HALF = ("float16", "bfloat16")
 
@@ -159,11 +159,6 @@ def is_integer_site(node: Node, weight: Node) -> bool:
         return False
     w = view(Dequantize, weight)
     return w is not None and not w.group and w.dtype in ("int8", "uint8")
-
-
-def quantized_output(node: Node) -> Quantize | None:
-    """The quantization that is the only reader of `node`."""
-    return view(Quantize, next(iter(node.users))) if len(node.users) == 1 else None
 
 
 def constant(node: Node | None, rw: Rewriter) -> Tensor:

@@ -10,6 +10,7 @@ import copy
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch.fx import GraphModule
@@ -17,7 +18,9 @@ from torch.fx import GraphModule
 from qgraph.backend import Kernel
 from qgraph.backends.onnxruntime import OnnxRuntime, Program
 from qgraph.errors import LoweringError, ModelError
+from qgraph.onnx_io import from_onnx
 from qgraph.passes.fuse_dequant_matmul import FuseDequantMatmul
+from qgraph.rewrite import graph_modules
 from qgraph.types import PerGroup, QSpec
 from tests.backends.by_hand import load, node_of, quantize_dynamic, quantize_static, quantize_weight, ready
 
@@ -511,6 +514,52 @@ def test_export_writes_a_checked_file_with_free_dimensions_and_a_readable_versio
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
 
 
+def test_external_data_stays_external_and_kernels_are_still_read_back(tmp_path):
+    torch.manual_seed(0)
+    text = (
+        '<ir_version: 8, opset_import: ["": 13]> g (float[B,64] x) => (float[B,48] y) { h = MatMul(x, u)  m = MatMul(h, w)  y = Add(m, b) }'
+    )
+    proto = onnx.parser.parse_model(text)
+    proto.graph.initializer.extend(
+        onnx.numpy_helper.from_array(torch.randn(*s).numpy(), n) for n, s in (("u", (64, 64)), ("w", (64, 48)), ("b", (48,)))
+    )
+    onnx.save(proto, tmp_path / "in.onnx", save_as_external_data=True, location="in.data", size_threshold=0)
+    gm = from_onnx(tmp_path / "in.onnx")
+    first, second = (node_of(gm, "MatMul", i) for i in (0, 1))
+    quantize_weight(gm, second)
+    quantize_dynamic(gm, first, [second])
+    x = torch.randn(3, 64)
+    want = ready(gm)(x)[0]
+    program = ORT.lower(gm, strict=True)
+    program.save(tmp_path / "out.onnx")
+    again = onnxruntime.InferenceSession(tmp_path / "out.onnx").run(None, {"x": x.numpy()})
+    np.testing.assert_allclose(again[0], want, atol=2e-1)  # another rounding of h may move its integers by one
+    assert became(program) == ["DynamicQuantizeMatMul"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.data", "in.onnx", "out.onnx", "out.onnx.data"]
+
+
+def test_products_in_the_bodies_of_control_flow_are_lowered_and_reported():
+    torch.manual_seed(0)
+
+    def body(name: str) -> str:
+        values = ", ".join(f"{v:.3f}" for v in torch.randn(24).tolist())
+        return f"{name} () => (float[B,6] {name}_y) <float[4,6] {name}_w = {{{values}}}> {{ {name}_y = MatMul(x, {name}_w) }}"
+
+    text = f"""<ir_version: 8, opset_import: ["": 11]> g (bool c, float[B,4] x) => (float[B,6] y)
+        {{ y = If(c) <then_branch = {body("t")}, else_branch = {body("e")}> }}"""
+    gm = load(text)
+    for part in list(graph_modules(gm))[1:]:
+        node = next(n for n in part.graph.nodes if getattr(n.target, "op_type", "") == "MatMul")
+        quantize_weight(part, node)
+        quantize_dynamic(part, node.args[0], [node])
+        ready(part)
+    x = torch.randn(3, 4)
+    program = ORT.lower(copy.deepcopy(gm), strict=True)
+    for flag in (True, False):
+        torch.testing.assert_close(program(torch.tensor(flag), x), ready(gm)(torch.tensor(flag), x), rtol=0, atol=2e-5)
+    assert became(program) == ["DynamicQuantizeMatMul"] * 2
+
+
 def test_per_axis_weights_raise_the_opset_to_13_and_16_bit_activations_to_21(tmp_path):
     gm = static_linear("gemm", "B", output=True, opset=11)
     ORT.export(gm, tmp_path / "a.onnx")
@@ -521,8 +570,6 @@ def test_per_axis_weights_raise_the_opset_to_13_and_16_bit_activations_to_21(tmp
     want = ready(gm)(torch.ones(2, 24))
     ORT.export(gm, tmp_path / "b.onnx")
     assert onnx.load(tmp_path / "b.onnx").opset_import[0].version == 21
-    import onnxruntime
-
     (got,) = onnxruntime.InferenceSession(tmp_path / "b.onnx").run(None, {"x": np.ones((2, 24), np.float32)})
     np.testing.assert_allclose(got, want[0], atol=1e-4)
 

@@ -202,13 +202,13 @@ def test_onnx_conv_and_blocked_gemm_are_fused() -> None:
     image = torch.randn(1, 2, 4, 4)
     start = from_onnx("""
         <ir_version: 10, opset_import: ["": 21]>
-        g (float[1,2,4,4] x) => (float[1,2,5,3] y)
+        g (float[1,2,4,4] x) => (float[1,2,4,5] y)
           <int8[2,1,2,2] w = {1, -2, 30, 4, 5, 60, -7, 8}, float[2] ws = {0.5, 0.25}, int8[2] wz = {3, -4}, float[2] b = {1.0, -2.0}> {
             v = DequantizeLinear <axis = 0> (w, ws, wz)
-            y = Conv <group = 2, pads = [1, 0, 1, 0]> (x, v, b)
+            y = Conv <group = 2, pads = [1, 0, 0, 2]> (x, v, b)
         }""", image)  # fmt: skip
     gm = check(FuseDequantMatmul(), start, (image,), None)
-    assert "qg.dequant_conv(%x, @w, @ws, @wz, @b, 'int8', [1, 1], [1, 0, 1, 0], [1, 1], 2)" in text(gm)
+    assert "qg.dequant_conv(%x, @w, @ws, @wz, @b, 'int8', [1, 1], [1, 0, 0, 2], [1, 1], 2)" in text(gm)
     start = from_onnx("""
         <ir_version: 10, opset_import: ["": 21]>
         g (float[2,4] x) => (float[2,3] y)
