@@ -27,20 +27,15 @@ _CLIP = Op(Activation, kind=Var("kind"), x=Var("x"), low=Var("low"), high=Var("h
 
 @rule(Op(Quantize, x=_CLIP, scale=Const("scale"), zero_point=Opt(Const("zero_point")), dtype=Var("dtype"), axis=None, group=0))
 def absorb(m: Match, rw: Rewriter) -> Node | None:
-    if m.kind not in ("relu", "clip"):
+    scale = const_value(m.scale)
+    if m.kind not in ("relu", "clip") or scale is None:
         return None
     low, high = (-torch.inf if m.low is None else m.low), (torch.inf if m.high is None else m.high)
-    ends = torch.ops.qgraph.quantize(
-        torch.tensor([low, high], dtype=torch.float32), _number(m.scale).float(), _number(m.zero_point), m.dtype
-    ).tolist()
+    limits = torch.tensor([low, high], dtype=torch.float32)
+    ends = Q.quantize(limits, scale.float(), const_value(m.zero_point), m.dtype).tolist()
     if ends != list(int_range(m.dtype)):
         rw.decline(f"{m.kind} keeps values in [{low:g}, {high:g}], which is {ends} in {m.dtype}: saturation alone would let more through")
     return rw.call(Q.quantize.default, m.x, m.scale, m.zero_point, m.dtype, like=m.root)
-
-
-def _number(node: Node | None) -> torch.Tensor | None:
-    value = const_value(node)
-    return None if value is None else value.reshape(())
 
 
 @dataclass(frozen=True)

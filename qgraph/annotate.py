@@ -26,6 +26,8 @@ from qgraph.views import Conv, Embedding, Linear, const_value, is_const, key, vi
 
 SITES = (Linear, Conv, Embedding)
 SiteView = Linear | Conv | Embedding
+Decision = tuple[QSpec | None, str]
+"""A format (None: float) and why."""
 
 
 @dataclass
@@ -124,9 +126,11 @@ class _Site:
 
     def decide(self) -> tuple[QSpec | None, QSpec | None]:
         """(format of the weight, format of x), None for float; both recorded with their reason."""
+        weight: Decision
+        x: Decision
         obstacle = self.obstacle()
         if obstacle:
-            weight, x = (None, obstacle), (None, obstacle)
+            weight = x = (None, obstacle)
         else:
             rule, wanted_weight, wanted_x = self.wanted()
             weight = self.weight(wanted_weight, rule)
@@ -174,7 +178,7 @@ class _Site:
     def source(self, rule: str | None) -> str:
         return f"rule {rule!r}" if rule else f"recipe {self.recipe.name}"
 
-    def weight(self, wanted: Int | None, rule: str | None) -> tuple[QSpec | None, str]:
+    def weight(self, wanted: Int | None, rule: str | None) -> Decision:
         if wanted is None:
             return None, f"{self.source(rule)} leaves it in float"
         rank = self.rank()
@@ -189,7 +193,7 @@ class _Site:
         value = const_value(self.v.weight)
         return value.dim() if value is not None else 0
 
-    def x(self, wanted: Int | None, rule: str | None, weight: QSpec | None) -> tuple[QSpec | None, str]:
+    def x(self, wanted: Int | None, rule: str | None, weight: QSpec | None) -> Decision:
         if isinstance(self.v, Embedding) or wanted is None:
             return None, f"{self.source(rule)} leaves it in float"
         if weight is None:

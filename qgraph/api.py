@@ -20,7 +20,16 @@ from qgraph.errors import CalibrationError, ModelError
 from qgraph.ledger import Stage, state
 from qgraph.onnx_io import from_onnx
 from qgraph.onnx_ops import OnnxOp
-from qgraph.passes import Canonicalize, FoldBatchNorm, FoldConstants, FoldFakeQuant, InferTypes, InsertFakeQuant, InsertObservers, RemoveDead
+from qgraph.passes import (
+    Canonicalize,
+    FoldBatchNorm,
+    FoldConstants,
+    FoldFakeQuant,
+    InferTypes,
+    InsertFakeQuant,
+    InsertObservers,
+    RemoveDead,
+)
 from qgraph.pipeline import Context, Pass, Pipeline, Verify
 from qgraph.recipe import Recipe, load_recipe
 from qgraph.text import where

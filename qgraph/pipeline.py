@@ -178,7 +178,7 @@ def _run_pass(
         check_graph(gm, after=p.name)
     if compared and before is not None and known is not None:
         known = compare(p.name, p.contract, before, gm, ctx.samples, known)
-    elif count:
+    else:
         known = None
     for hook in hooks:
         if hook.after is not None:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import yaml
 
@@ -130,14 +130,14 @@ def named(name: str) -> Recipe:
     m = _SCHEME.fullmatch(scheme)
     if not m:
         raise RecipeError(f"unknown recipe {name!r}{nearest(name, NAMES)}")
-    w, a, kv = (int(x) if x else None for x in m.groups()[:3])
+    w, a, kv = (int(x or 16) for x in m.groups()[:3])
     options = _suffixes(name, m[4])
     symmetric, group, per = options.get("symmetric"), options.get("group"), options.get("per")
-    weights = None if w == 16 else Int(cast(int, w), group=group, symmetric=symmetric, per=per)
+    weights = None if w == 16 else Int(w, group=group, symmetric=symmetric, per=per)
     return Recipe(
         weights=weights,
-        activations=None if a == 16 else _activations(cast(int, a), group, options),
-        kv_cache=None if kv in (None, 16) else Int(cast(int, kv)),
+        activations=None if a == 16 else _activations(a, group, options),
+        kv_cache=None if kv == 16 else Int(kv),
         embeddings=None if weights is None else EMBEDDINGS,
         stages=tuple(_stage(s) for s in stages),
         name=name,

@@ -62,7 +62,8 @@ def freeze(gm: GraphModule, example_inputs: Sequence[Any]) -> tuple[GraphModule,
 
 
 def _first_call(gm: GraphModule) -> Node:
-    return next(n for n in gm.graph.nodes if n.op != "placeholder")
+    found: Node = next(n for n in gm.graph.nodes if n.op != "placeholder")
+    return found
 
 
 def _size(node: Node, x: Any, tensors: Sequence[Node]) -> Node:
