@@ -1,10 +1,8 @@
 """A backend of one's own: INT8 weights are multiplied by our kernel, everything else runs in torch.
 
-A backend says where it can compute (placement), turns a converted graph into a program (lower), and reports what became of each promise.
-"""
+It says where it can compute (placement), makes a program of a converted graph (lower), and reports what became of each promise."""
 
 from dataclasses import dataclass
-from os import PathLike
 from typing import Any
 
 import torch
@@ -27,15 +25,12 @@ def packed_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None)
     return y if bias is None else y + bias
 
 
-FUSED = Op(Q.dequant_linear.default, x=Var("x"), weight=Var("w"), scale=Var("s"), bias=Var("b"), zero_point=None, dtype="int8", group=0)
-
-
-@rule(FUSED)
+@rule(Op(Q.dequant_linear.default, x=Var("x"), weight=Var("w"), scale=Var("s"), bias=Var("b"), zero_point=None, dtype="int8", group=0))
 def use_kernel(m: Match, rw: Rewriter) -> Node:
     return rw.call(packed_linear, m.x, m.w, m.s, m.b)
 
 
-def accepts(interface: type, role: str, spec: qgraph.QSpec) -> str | None:
+def accepts(operation: Linear, role: str, spec: qgraph.QSpec) -> str | None:
     per_output = isinstance(spec.granularity, qgraph.PerAxis) and spec.symmetric and spec.dtype == "int8"
     return None if per_output else f"packed_linear takes symmetric int8 per output channel, not {spec}"
 
@@ -51,7 +46,7 @@ class Program:
     def kernels(self) -> list[Kernel]:
         return self.made
 
-    def save(self, path: str | PathLike[str]) -> None:
+    def save(self, path: str) -> None:
         torch.save(self.gm.state_dict(), path)
 
 
@@ -66,7 +61,7 @@ class Packed:
         fused = {path_of(n) for n in gm.graph.nodes if n.target is packed_linear}
         return Program(gm, [Kernel(p, "packed", "packed" if p in fused else "torch", p in fused) for p in sorted(promised)])
 
-    def export(self, gm: GraphModule, path: str | PathLike[str]) -> None:
+    def export(self, gm: GraphModule, path: str) -> None:
         self.lower(gm).save(path)
 
 

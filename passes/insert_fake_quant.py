@@ -68,8 +68,7 @@ class _Insert:
         (value,) = node.all_input_nodes
         target = str(node.target)
         if target not in self.scales:
-            scale, zero_point = found.qparams()
-            self.scales[target] = self.constants(path_of(value), scale.to(_float_dtype(value, found)), zero_point)
+            self.scales[target] = self.constants(path_of(value), *found.qparams(_float_dtype(value, found)))
         node.replace_all_uses_with(self.fake_quantize(value, self.scales[target], found.spec))
         self.gm.graph.erase_node(node)
 
@@ -79,9 +78,9 @@ class _Insert:
             tensor = const_value(value)
             if tensor is None:
                 raise AssertionError(f"annotate gave a weight format to {path_of(value)}, which is no constant")
-            scale, zero_point = choose_qparams(*range_of(tensor, spec, name=path_of(value)), spec)
+            scale, zero_point = choose_qparams(*range_of(tensor, spec, name=path_of(value)), spec, dtype=tensor.dtype)
             plain = spec.symmetric and spec.signed
-            names = self.constants(str(value.target), scale.to(tensor.dtype), None if plain else zero_point)
+            names = self.constants(str(value.target), scale, None if plain else zero_point)
             self.weights[key] = self.fake_quantize(value, names, spec)
         return self.weights[key]
 

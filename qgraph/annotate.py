@@ -186,7 +186,7 @@ class _Site:
         spec = wanted.weight_spec(in_axis=in_axis, out_axis=out_axis)
         if isinstance(self.v, Conv) and wanted.group is not None:
             return None, self.refuse(rule, "there is no kernel for group-wise convolution weights")
-        refusal = self.placement.accepts(type(self.v), "weight", spec)
+        refusal = self.placement.accepts(self.v, "weight", spec)
         return (None, self.refuse(rule, refusal)) if refusal else (spec, self.source(rule))
 
     def rank(self) -> int:
@@ -207,5 +207,5 @@ class _Site:
             return None, self.refuse(rule, f"rows of x run along its axis {self.v.x_axis}, not along the last")
         if is_const(self.v.x):
             return None, "x is a constant"
-        refusal = self.placement.accepts(type(self.v), "x", spec)
+        refusal = self.placement.accepts(self.v, "x", spec)
         return (None, self.refuse(rule, refusal)) if refusal else (spec, self.source(rule))

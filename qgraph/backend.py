@@ -28,7 +28,7 @@ class Placement:
     follow           interface -> kinds that have an integer kernel when all their operands are quantized
     share            interface -> kinds whose output keeps the scale of its inputs
     absorb           activation kinds that a quantized output of their producer performs (saturation)
-    accepts          (interface, role, spec) -> None, or a sentence that says why the backend refuses
+    accepts          (the operation seen through its interface, role, spec) -> None, or a sentence that says why the backend refuses
     """
 
     compute: tuple[type, ...] = ()
@@ -38,7 +38,7 @@ class Placement:
     follow: Mapping[type, frozenset[str]] = field(default_factory=dict)
     share: Mapping[type, frozenset[str]] = field(default_factory=dict)
     absorb: frozenset[str] = frozenset()
-    accepts: Callable[[type, str, QSpec], str | None] = lambda interface, role, spec: None
+    accepts: Callable[[Any, str, QSpec], str | None] = lambda operation, role, spec: None
 
 
 @dataclass(frozen=True)

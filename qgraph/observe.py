@@ -131,9 +131,9 @@ class Observer(torch.nn.Module):
             raise CalibrationError(f"{self._who()} has no range: {why}; calibrate with data that reaches it, or leave it in float")
         return self.choose(self.statistic, self.spec)
 
-    def qparams(self) -> tuple[Tensor, Tensor]:
-        """(scale float32, zero_point) of the range under `spec`; see `ops.choose_qparams`."""
-        return choose_qparams(*self.range(), self.spec)
+    def qparams(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """(scale in `dtype`, zero_point) of the range under `spec`; see `ops.choose_qparams`."""
+        return choose_qparams(*self.range(), self.spec, dtype=dtype)
 
     def get_extra_state(self) -> dict[str, Any]:
         state = {f.name: getattr(self.statistic, f.name) for f in fields(self.statistic)}  # type: ignore[arg-type]

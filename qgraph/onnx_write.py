@@ -104,7 +104,7 @@ class _Writer:
             self.inputs(placeholders[:formal]),
             outputs,
             nodes=self.nodes,
-            initializers=list(self.constants.values()),
+            initializers=[] if self.header.is_function else list(self.constants.values()),
             name=self.header.name,
             doc_string=self.header.doc_string,
             metadata_props=dict(self.header.metadata),
@@ -143,8 +143,18 @@ class _Writer:
         target = str(node.target)
         if target not in self.constants:
             name = self.plan.names[node]
-            self.constants[target] = self.initializer(node, name, stored)
+            self.constants[target] = found = self.initializer(node, name, stored)
+            if self.header.is_function:
+                self.constants[target] = self.constant_node(found)
         self.env[node] = self.constants[target]
+
+    def constant_node(self, constant: ir.Value) -> ir.Value:
+        """A function has no initializers: its constants are nodes."""
+        assert constant.const_value is not None
+        value = ir.Value(name=constant.name, type=constant.type, shape=constant.shape)
+        attrs = [ir.AttrTensor("value", constant.const_value)]
+        self.nodes.append(ir.Node("", "Constant", [], attrs, outputs=[value], name=self.names.fresh_node(f"{constant.name}_constant")))
+        return value
 
     def initializer(self, node: Node, name: str, stored: Any) -> ir.Value:
         source: ir.Value | None = node.meta.get("onnx_value")

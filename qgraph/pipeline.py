@@ -160,7 +160,7 @@ def _run_pass(
     p: Pass, gm: GraphModule, ctx: Context, verify: Verify | None, hooks: tuple[Hook, ...], known: Outputs | None
 ) -> tuple[Step, Outputs | None]:
     """Run one pass; `known` are the graph's outputs on the samples if an earlier step has computed them, and so is the second result."""
-    compared = verify == "numerics" and p.contract is not LOSSY
+    compared = verify == "numerics" and p.contract != LOSSY
     before = copy_graph(gm) if ctx.record or compared else None
     if compared and known is None:
         known = run_samples(gm, ctx.samples)
@@ -176,10 +176,7 @@ def _run_pass(
     log.info("%s", step)
     if verify is not None:
         check_graph(gm, after=p.name)
-    if compared and before is not None and known is not None:
-        known = compare(p.name, p.contract, before, gm, ctx.samples, known)
-    else:
-        known = None
+    known = compare(p.name, p.contract, before, gm, ctx.samples, known) if compared and before and known else None
     for hook in hooks:
         if hook.after is not None:
             hook.after(p, gm, step)

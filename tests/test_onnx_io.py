@@ -366,6 +366,16 @@ def test_a_rewrite_in_a_function_body_changes_all_calls():
     torch.testing.assert_close(gm(X)[0], (X * 2.5) ** 2)
 
 
+def test_a_constant_added_to_a_function_becomes_a_node():
+    text = """<ir_version: 8, opset_import: ["": 12, "local": 1]> g (float[4,3] x) => (float[4,1] y) { y = local.rows (x) }
+        <domain: "local", opset_import: ["": 12]> rows (a) => (b) { u = Unsqueeze <axes = [0]> (a) c = ReduceSum <axes = [2]> (u) b = Squeeze <axes = [0]> (c) }"""
+    gm = from_onnx(parse(text))
+    require_opset(gm, 18, "a test")
+    proto = same_in_ort(gm, X)
+    assert [n.op_type for n in proto.functions[0].node].count("Constant") == 3
+    torch.testing.assert_close(gm(X)[0], X.sum(1, keepdim=True))
+
+
 def test_an_operator_nobody_knows_is_carried_and_refused_only_when_run():
     proto = parse('<ir_version: 10, opset_import: ["": 18, "acme": 3]> g (float[4,3] x) => (float[4,3] y) { y = acme.Frob <a = 3> (x) }')
     gm = from_onnx(proto)

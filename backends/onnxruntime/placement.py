@@ -6,6 +6,8 @@ Reasons for what is left out: integer convolution with run-time ranges (ConvInte
 
 from __future__ import annotations
 
+from typing import Any
+
 from qgraph.backend import ALL, Placement
 from qgraph.types import PerGroup, PerToken, QSpec
 from qgraph.views import Concat, Conv, DataMovement, Elementwise, Embedding, Linear, Pool
@@ -14,13 +16,17 @@ BLOCKS = (16, 32, 64, 128, 256)
 """Group sizes of MatMulNBits."""
 
 
-def _accepts(interface: type, role: str, spec: QSpec) -> str | None:
-    return _accepts_weight(interface, spec) if role == "weight" else _accepts_x(spec)
+def _accepts(operation: Any, role: str, spec: QSpec) -> str | None:
+    if role == "weight":
+        return _accepts_weight(operation, spec)
+    if isinstance(operation, Conv) and operation.transposed:
+        return "there is no integer kernel for transposed convolution"
+    return _accepts_x(spec)
 
 
-def _accepts_weight(interface: type, spec: QSpec) -> str | None:
+def _accepts_weight(operation: Any, spec: QSpec) -> str | None:
     if isinstance(spec.granularity, PerGroup):
-        if interface is Linear and (spec.bits not in (2, 4, 8) or spec.group not in BLOCKS):
+        if isinstance(operation, Linear) and (spec.bits not in (2, 4, 8) or spec.group not in BLOCKS):
             return f"MatMulNBits takes 2, 4 or 8 bits in groups of {', '.join(map(str, BLOCKS))}, not {spec}"
         return None
     if not spec.signed or not spec.symmetric:
