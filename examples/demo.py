@@ -18,13 +18,13 @@ from rich.table import Table
 import qgraph
 from tests.models import measure, zoo
 
-JOBS = ((zoo.minilm, "w8a8-dynamic"), (zoo.effnet, "w8a8"), (zoo.pprec, "w8a8"))
+MODELS = (zoo.minilm, zoo.effnet, zoo.pprec)
 COLUMNS = ("model", "recipe", "size MB", "SQNR dB", "task metric", "latency / float", "kernels fused", "seconds")
 
 
-def quantize(real: zoo.RealModel, recipe: str, path: Path) -> str:
+def quantize(real: zoo.RealModel, path: Path) -> str:
     """Write the INT8 model; returns kernels "fused / promised"."""
-    prepared = qgraph.prepare(real.model, real.example_inputs, recipe=recipe, dynamic_shapes=real.dynamic_shapes)
+    prepared = qgraph.prepare(real.model, real.example_inputs, recipe=real.recipe, dynamic_shapes=real.dynamic_shapes)
     qgraph.calibrate(prepared, real.calibration_batches())
     program = qgraph.lower(qgraph.convert(prepared))
     program.save(path)
@@ -32,15 +32,15 @@ def quantize(real: zoo.RealModel, recipe: str, path: Path) -> str:
     return f"{sum(k.fused for k in kernels)} / {len(kernels)}"
 
 
-def row(real: zoo.RealModel, recipe: str, path: Path) -> tuple[str, ...]:
+def row(real: zoo.RealModel, path: Path) -> tuple[str, ...]:
     start = perf_counter()
-    kernels = quantize(real, recipe, path)
+    kernels = quantize(real, path)
     seconds = perf_counter() - start
     sqnr, metric = real.score(path)
     ratios = {label: measure.latency_ratio(real.float_onnx, path, shape) for label, shape in real.latency_shapes.items()}
     return (
         real.title,
-        recipe,
+        f"{real.recipe.name}, {real.recipe.observer}" if real.recipe.static else real.recipe.name,
         f"{measure.file_bytes(real.float_onnx) / 1e6:.1f} -> {measure.file_bytes(path) / 1e6:.1f}",
         f"{sqnr:.1f}",
         f"{metric.name} {metric.float_value:.3f} -> {metric.value:.3f}",
@@ -65,10 +65,10 @@ def main(folder: Path) -> None:
     if not console.is_terminal:
         console.width = 160
     table = Table(*COLUMNS, title="float -> INT8", caption=machine())
-    for load, recipe in JOBS:
+    for load in MODELS:
         real = load()
         console.print(f"{real.title}: quantizing, scoring and timing ...")
-        table.add_row(*row(real, recipe, folder / f"{real.name}.int8.onnx"))
+        table.add_row(*row(real, folder / f"{real.name}.int8.onnx"))
     console.print(table)
     console.print(f"files: {', '.join(str(p) for p in sorted(folder.glob('*.onnx')))}")
 

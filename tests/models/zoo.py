@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 import torch
 
+from qgraph.recipe import Recipe, load_recipe
 from tests.models import data, efficientnet, measure
 
 MINILM_TOKENS = 64
@@ -47,13 +48,14 @@ class Metric:
 
 @dataclass(frozen=True)
 class RealModel:
-    """`model` is what a user has: a torch module with `example_inputs` and `dynamic_shapes` for torch.export, or an ONNX file.
+    """`recipe` is what the main job quantizes it with. `model` is what a user has: a torch module with `example_inputs` and `dynamic_shapes` for torch.export, or an ONNX file.
 
     `calibration` and `evaluation` are arrays by input name, first axis = samples; `latency_shapes` are the input shapes to time;
     `metric(evaluation, float output, quantized output)` is the task metric."""
 
     name: str
     title: str
+    recipe: Recipe
     model: torch.nn.Module | Path
     float_onnx: Path
     calibration: Arrays
@@ -100,6 +102,7 @@ def minilm() -> RealModel:
     return RealModel(
         name="minilm",
         title="MiniLM-L6 (PyTorch)",
+        recipe=load_recipe("w8a8-dynamic"),
         model=encoder,
         float_onnx=_file("minilm.onnx", lambda path: _export(encoder, example, path, output_names=["last_hidden_state"], **names)),
         metric=lambda feeds, a, b: Metric("cosine", 1.0, measure.sentence_cosine(a, b, feeds["attention_mask"].astype(bool))),
@@ -126,6 +129,7 @@ def effnet() -> RealModel:
     return RealModel(
         name="effnet",
         title="EfficientNet-Lite0 (PyTorch)",
+        recipe=load_recipe("w8a8"),
         model=net,
         float_onnx=_file("effnet.onnx", export),
         calibration=_arrays("effnet.calibration", lambda: {"x": data.photo_crops(data.CALIBRATION_PHOTOS, 48, seed=1)}),
@@ -154,6 +158,7 @@ def pprec() -> RealModel:
     return RealModel(
         name="pprec",
         title="PP-OCRv4 rec (ONNX)",
+        recipe=load_recipe("w8a8", ["observer=percentile"]),
         model=path,
         float_onnx=path,
         calibration=_arrays("pprec.calibration", lambda: {"x": data.text_lines(48, seed=3)[0]}),
