@@ -86,9 +86,7 @@ def _(x: Tensor, dtype: str, symmetric: bool, axis: int | None = None, group: in
 
 
 @dequant_linear.register_fake
-def _(
-    x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, dtype: str, group: int = 0
-) -> Tensor:
+def _(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, dtype: str, group: int = 0) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 

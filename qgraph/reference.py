@@ -46,9 +46,7 @@ def spread(scale: Tensor, x: Tensor, axis: int | None, group: int) -> Tensor:
     return scale if group == -1 else scale.reshape([-1 if d == a else 1 for d in range(x.dim())])
 
 
-def _spread_pair(
-    scale: Tensor, zero_point: Tensor | None, x: Tensor, axis: int | None, group: int
-) -> tuple[Tensor, Tensor | None]:
+def _spread_pair(scale: Tensor, zero_point: Tensor | None, x: Tensor, axis: int | None, group: int) -> tuple[Tensor, Tensor | None]:
     return spread(scale, x, axis, group), None if zero_point is None else spread(zero_point, x, axis, group)
 
 
@@ -100,9 +98,7 @@ def inside(x: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: str, axis
     return (q >= low) & (q <= high)
 
 
-def dynamic_quantize(
-    x: Tensor, dtype: str, symmetric: bool, axis: int | None = None, group: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
+def dynamic_quantize(x: Tensor, dtype: str, symmetric: bool, axis: int | None = None, group: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """x -> (q, scale, zero_point) with the range taken from x: q = quantize(x, scale, zero_point).
 
     With low = min(x, 0), high = max(x, 0), both over what shares a scale:

@@ -88,7 +88,9 @@ def decomposed(module: nn.Module, *inputs: Tensor) -> GraphModule:
         (lambda: decomposed(nn.Linear(4, 5), X), X, 1, 1),
     ],
 )
-def test_linear_in_every_spelling_contracts_the_axes_it_names(make: Callable[[], GraphModule], x: Tensor, alpha: float, beta: float) -> None:
+def test_linear_in_every_spelling_contracts_the_axes_it_names(
+    make: Callable[[], GraphModule], x: Tensor, alpha: float, beta: float
+) -> None:
     gm = make()
     v = one(gm, Linear)
     weight = const_value(v.weight)

@@ -136,14 +136,17 @@ def test_halves_round_to_even() -> None:
 
 
 @pytest.mark.parametrize(
-    ("scale_shape", "axis", "group"), [((3,), None, 0), ((3,), 1, 0), ((4,), 2, 0), ((2, 3), 1, 2), ((2, 4), -1, -1), ((2, 1), 0, -1), ((2,), None, 2)]
+    ("scale_shape", "axis", "group"),
+    [((3,), None, 0), ((3,), 1, 0), ((4,), 2, 0), ((2, 3), 1, 2), ((2, 4), -1, -1), ((2, 1), 0, -1), ((2,), None, 2)],
 )
 def test_a_scale_that_does_not_fit_raises(scale_shape: tuple[int, ...], axis: int | None, group: int) -> None:
     with pytest.raises(ValueError, match="scale|axis|group"):
         Q.quantize(torch.ones(2, 4), torch.ones(scale_shape), None, "int8", axis, group)
 
 
-def loop_dynamic(x: np.ndarray, dtype: str, symmetric: bool, axis: int | None, group: int, shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+def loop_dynamic(
+    x: np.ndarray, dtype: str, symmetric: bool, axis: int | None, group: int, shape: tuple[int, ...]
+) -> tuple[np.ndarray, ...]:
     low, high = int_range(dtype)
     bottom, top = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     for i in np.ndindex(x.shape):
@@ -213,7 +216,12 @@ def requantized(acc: np.ndarray, s: np.ndarray, bias: np.ndarray | None, y: floa
     return np.clip(np.rint(ratio).astype(np.float64) + zero, low, high)
 
 
-X_DTYPES, W_DTYPES, BIASES, RESULTS = ["uint8", "int8", "int4", "uint16"], ["int8", "uint4", "int16"], ["none", "float", "int32"], [None, "uint8", "int8", "int16"]
+X_DTYPES, W_DTYPES, BIASES, RESULTS = (
+    ["uint8", "int8", "int4", "uint16"],
+    ["int8", "uint4", "int16"],
+    ["none", "float", "int32"],
+    [None, "uint8", "int8", "int16"],
+)
 
 
 @pytest.mark.parametrize(("x_dtype", "w_dtype", "bias", "y_dtype"), list(itertools.product(X_DTYPES, W_DTYPES, BIASES, RESULTS)))
@@ -292,7 +300,9 @@ CONVS = [
 @pytest.mark.parametrize(("x_shape", "w_shape", "stride", "padding", "dilation", "groups"), CONVS)
 @pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize("y_dtype", [None, "uint8"])
-def test_quantized_conv_equals_int64_arithmetic(x_shape, w_shape, stride, padding, dilation, groups, bias: str, y_dtype: str | None) -> None:
+def test_quantized_conv_equals_int64_arithmetic(
+    x_shape, w_shape, stride, padding, dilation, groups, bias: str, y_dtype: str | None
+) -> None:
     rng = np.random.default_rng(4)
     x, w = whole(rng, "uint8", *x_shape), whole(rng, "int8", *w_shape)
     xz, wz = torch.tensor(77, dtype=torch.uint8), whole(rng, "int8", w_shape[0])
@@ -335,8 +345,12 @@ def test_dequant_conv_is_conv_on_the_dequantized_weight_with_uneven_padding() ->
 
 def test_empty_operands_give_empty_or_bias_only_results() -> None:
     one = torch.tensor(1.0)
-    none = Q.quantized_linear(torch.zeros(0, 4, dtype=torch.int8), one, None, "int8", torch.ones(3, 4, dtype=torch.int8), one, None, "int8", None)
+    none = Q.quantized_linear(
+        torch.zeros(0, 4, dtype=torch.int8), one, None, "int8", torch.ones(3, 4, dtype=torch.int8), one, None, "int8", None
+    )
     assert none.shape == (0, 3)
     bias = torch.tensor([1.0, -2.0, 0.5])
-    only = Q.quantized_linear(torch.zeros(2, 0, dtype=torch.int8), one, None, "int8", torch.ones(3, 0, dtype=torch.int8), one, None, "int8", bias)
+    only = Q.quantized_linear(
+        torch.zeros(2, 0, dtype=torch.int8), one, None, "int8", torch.ones(3, 0, dtype=torch.int8), one, None, "int8", bias
+    )
     assert only.tolist() == [bias.tolist()] * 2

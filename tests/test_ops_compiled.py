@@ -57,7 +57,9 @@ def test_export_keeps_each_op_whole_and_its_sizes_symbolic() -> None:
     class Two(torch.nn.Module):
         def forward(self, x: Tensor) -> tuple[Tensor, ...]:
             d, s, z = Q.dynamic_quantize(x, "int8", True, -1, 4)
-            return Q.dequantize(d, s, z, "int8", -1, 4), Q.quantized_linear(d, net.scale, None, "int8", net.w, net.w_scale, None, "int8", None)
+            return Q.dequantize(d, s, z, "int8", -1, 4), Q.quantized_linear(
+                d, net.scale, None, "int8", net.w, net.w_scale, None, "int8", None
+            )
 
     program = torch.export.export(Two(), (x,), dynamic_shapes=({0: rows, 1: None},))
     assert {str(n.target) for n in program.graph.nodes if "qgraph" in str(n.target)} == {
@@ -98,7 +100,20 @@ CALLS = {
     "fake_quantize": (e["x"].requires_grad_(), e["scale"], e["zero"], "uint8"),
     "dynamic_quantize": (e["x"].detach(), "uint8", False, 1, 4),
     "dequant_linear": (e["x"].detach().requires_grad_(), e["w"], e["w_scale"], None, e["bias"], "int8"),
-    "quantized_linear": (e["w"][:2], e["scale"], None, "int8", e["w"], e["w_scale"], None, "int8", e["bias"], e["scale"], e["zero"], "uint8"),
+    "quantized_linear": (
+        e["w"][:2],
+        e["scale"],
+        None,
+        "int8",
+        e["w"],
+        e["w_scale"],
+        None,
+        "int8",
+        e["bias"],
+        e["scale"],
+        e["zero"],
+        "uint8",
+    ),
     "dequant_conv": (e["x"].detach()[None, :2], e["kernel"], e["w_scale"], None, e["bias"], "int8", [2], [1, 0], [1], 1),
     "quantized_conv": (e["w"][None, :2], e["scale"], None, "int8", e["kernel"], e["w_scale"], None, "int8", None, [1], [0, 2], [2], 1),
 }
@@ -107,8 +122,6 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 def test_schema_shape_function_and_gradient_agree_with_the_body(name: str) -> None:
     opcheck(getattr(Q, name).default, CALLS[name])
-
-
 
 
 def test_torch_onnx_export_takes_a_translation_table(tmp_path) -> None:

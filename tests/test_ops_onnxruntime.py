@@ -83,7 +83,18 @@ def test_dynamic_quantize_equals_dynamic_quantize_linear(seed: int) -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [[], [0.0, -0.0], [1.0, 2.0, 3.0], [-3.0, -1.0], [1e-45, 0.0], [1e-38, 0.0], [-3e-44, 1e-44], [torch.inf, 1.0], [3e38, -3e38], [-1.0, 1.0]],
+    [
+        [],
+        [0.0, -0.0],
+        [1.0, 2.0, 3.0],
+        [-3.0, -1.0],
+        [1e-45, 0.0],
+        [1e-38, 0.0],
+        [-3e-44, 1e-44],
+        [torch.inf, 1.0],
+        [3e38, -3e38],
+        [-1.0, 1.0],
+    ],
 )
 def test_dynamic_quantize_equals_it_on_extreme_ranges(values: list[float]) -> None:
     _equals_dynamic_quantize_linear(torch.tensor([values]))

@@ -48,10 +48,10 @@ class Metric:
 
 @dataclass(frozen=True)
 class RealModel:
-    """`recipe` is what the main job quantizes it with. `model` is what a user has: a torch module with `example_inputs` and `dynamic_shapes` for torch.export, or an ONNX file.
+    """`model` is what a user has: a torch module with `example_inputs` and `dynamic_shapes` for torch.export, or an ONNX file.
 
-    `calibration` and `evaluation` are arrays by input name, first axis = samples; `latency_shapes` are the input shapes to time;
-    `metric(evaluation, float output, quantized output)` is the task metric."""
+    `recipe` is what the main job quantizes it with; `calibration` and `evaluation` are arrays by input name, first axis = samples;
+    `latency_shapes` are the input shapes to time; `metric(evaluation, float output, quantized output)` is the task metric."""
 
     name: str
     title: str
@@ -145,7 +145,9 @@ def effnet() -> RealModel:
 
 @cache
 def pprec() -> RealModel:
-    """PP-OCRv4 text recognition: text lines [n, 3, 48, w] -> character probabilities; opset 17 (per-channel Q/DQ needs 13, the original is 12)."""
+    """PP-OCRv4 text recognition: text lines [n, 3, 48, w] -> character probabilities.
+
+    Converted from opset 12 to 17: Q/DQ with one scale per channel needs 13."""
     path = _file("pprec.onnx", _convert_pprec)
     texts: list[str] = data.text_lines(300, seed=4)[1]
     properties = measure.session(path).get_modelmeta().custom_metadata_map

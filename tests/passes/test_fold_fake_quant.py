@@ -53,15 +53,21 @@ def test_models_in_short_floats_keep_their_type_and_their_bits(kind: torch.dtype
 
 def simulated_onnx():
     """MatMul and Add with a fake_quantize on the weight and on the input, as insert_fake_quant leaves them."""
-    gm, _ = from_onnx("""
+    gm, _ = from_onnx(
+        """
         <ir_version: 10, opset_import: ["": 21]>
         g (float[2,3] x) => (float[2,2] y)
           <float[3,2] w = {0.7, 3.0, -1.1, 0.4, 0.2, -2.6}, float[2] b = {0.25, -4.0}> {
             h = MatMul (x, w)
             y = Add (h, b)
-        }""", X)
+        }""",
+        X,
+    )
     matmul = next(n for n in gm.graph.nodes if key(n.target) == "::MatMul")
-    scales = {"w": (torch.tensor([0.157, 0.43]), torch.tensor([1, -2], dtype=torch.int8)), "x": (torch.tensor(0.02), torch.tensor(90, dtype=torch.uint8))}
+    scales = {
+        "w": (torch.tensor([0.157, 0.43]), torch.tensor([1, -2], dtype=torch.int8)),
+        "x": (torch.tensor(0.02), torch.tensor(90, dtype=torch.uint8)),
+    }
     for role, node, dtype, axis in (("x", matmul.args[0], "uint8", None), ("w", matmul.args[1], "int4", 1)):
         names = [add_constant(gm, f"{role}_{part}", t) for part, t in zip(("scale", "zero"), scales[role], strict=True)]
         with gm.graph.inserting_before(matmul):

@@ -1,0 +1,157 @@
+"""prepare, calibrate, convert, lower, export, quantize: the flow and its errors, from PyTorch and from ONNX."""
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qgraph
+from qgraph.ledger import state
+from qgraph.observe import Observer
+from qgraph.recipe import NAMES
+from tests.small import mlp_proto, mlp_torch, samples
+
+X = torch.from_numpy(samples())
+
+
+def batches() -> list[Any]:
+    return [X[i : i + 3] for i in range(0, len(X), 3)]
+
+
+ROWS = ({0: torch.export.Dim("rows", min=1, max=64)},)
+
+
+def first(output: Any) -> Tensor:
+    return (output[0] if isinstance(output, tuple) else output).detach()
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    return float((got - want).norm() / want.norm())
+
+
+@pytest.mark.parametrize("recipe", [*NAMES, "w4a16-g32-sym", "w8a8-tensor"])
+@pytest.mark.parametrize("origin", ["torch", "onnx"])
+def test_every_recipe_runs_on_both_origins_and_the_program_agrees_with_the_reference(recipe: str, origin: str, tmp_path: Path) -> None:
+    module, example = mlp_torch()
+    model, inputs = (module, example) if origin == "torch" else (mlp_proto(), None)
+    path = tmp_path / "m.onnx"
+    quantized = qgraph.quantize(
+        model, batches(), example_inputs=inputs, dynamic_shapes=ROWS if inputs else None, recipe=recipe, output=path
+    )
+    reference, want = first(quantized(X)), module(X).detach()
+    assert 1e-6 < relative_error(reference, want) < (0.2 if "w4" in recipe else 0.05)
+    program = qgraph.lower(quantized, strict=True)
+    assert relative_error(first(program(X)), reference) < 0.02
+    assert program.kernels() or recipe == "w8a16"
+    onnx.checker.check_model(str(path), full_check=True)
+
+
+def test_prepare_leaves_the_model_as_it_was_and_returns_floats() -> None:
+    module, example = mlp_torch()
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    prepared = qgraph.prepare(module, example)
+    torch.testing.assert_close(prepared(*example), module(*example))
+    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+    assert state(prepared).stage == "prepared"
+
+
+def test_a_prepared_graph_can_be_calibrated_by_calling_it() -> None:
+    module, example = mlp_torch()
+    prepared = qgraph.prepare(module, example)
+    prepared(*example)
+    assert qgraph.convert(prepared).meta["qgraph"].stage == "converted"
+
+
+def test_convert_leaves_the_prepared_graph_with_its_observers() -> None:
+    prepared = qgraph.prepare(mlp_proto())
+    qgraph.calibrate(prepared, batches())
+    count = len([m for m in prepared.modules() if isinstance(m, Observer)])
+    once, again = qgraph.convert(prepared), qgraph.convert(prepared)
+    assert count == len([m for m in prepared.modules() if isinstance(m, Observer)]) > 0
+    torch.testing.assert_close(once(X), again(X), rtol=0, atol=0)
+
+
+def test_a_graph_of_qgraph_is_a_model_too_and_is_not_changed() -> None:
+    graph = qgraph.from_onnx(mlp_proto())
+    before = qgraph.text(graph)
+    qgraph.prepare(graph, recipe="w8a16")
+    assert qgraph.text(graph) == before
+
+
+def test_verified_preparation_runs_every_pass_on_the_example_inputs() -> None:
+    module, example = mlp_torch()
+    assert qgraph.prepare(module, example, verify="numerics").meta["qgraph"].stage == "prepared"
+
+
+def test_the_ledger_of_the_quantized_graph_lists_every_weight() -> None:
+    quantized = qgraph.quantize(mlp_proto(), recipe="w8a8-dynamic")
+    summary = state(quantized).ledger.summary()
+    assert summary["weights_quantized"] == summary["weights"] > 0
+
+
+def test_a_rule_keeps_an_operation_in_float_and_says_so() -> None:
+    names = [e.node for e in state(qgraph.prepare(mlp_proto(), recipe="w8a16")).ledger if e.role == "weight"]
+    recipe = qgraph.load_recipe("w8a16", [f"rules.{names[0]}=null"])
+    entry = state(qgraph.prepare(mlp_proto(), recipe=recipe)).ledger.get(names[0], "weight")
+    assert entry is not None and not entry.quantized and names[0] in entry.reason
+
+
+def test_a_static_recipe_without_data_names_the_way_out() -> None:
+    with pytest.raises(qgraph.CalibrationError, match="needs calibration data: give batches, or take w8a8-dynamic"):
+        qgraph.quantize(mlp_proto(), recipe="w8a8")
+
+
+def test_convert_refuses_a_graph_that_is_not_prepared() -> None:
+    with pytest.raises(qgraph.ModelError, match="this one is captured: call qgraph.prepare first"):
+        qgraph.convert(qgraph.from_onnx(mlp_proto()))
+
+
+def test_a_quantized_model_is_not_quantized_again(tmp_path: Path) -> None:
+    quantized = qgraph.quantize(mlp_proto(), recipe="w8a8-dynamic", output=tmp_path / "q.onnx")
+    with pytest.raises(qgraph.ModelError, match="quantized already"):
+        qgraph.prepare(tmp_path / "q.onnx")
+    with pytest.raises(qgraph.ModelError, match="quantized already"):
+        qgraph.prepare(quantized)
+
+
+def test_export_refuses_a_folder_and_keeps_files_on_failure(tmp_path: Path) -> None:
+    quantized = qgraph.quantize(mlp_proto(), recipe="w8a16")
+    with pytest.raises(qgraph.ModelError, match="is a folder; give a file name"):
+        qgraph.export(quantized, tmp_path)
+    with pytest.raises(qgraph.ModelError, match="does not exist"):
+        qgraph.export(quantized, tmp_path / "missing" / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_something_that_is_no_model_is_a_type_error() -> None:
+    with pytest.raises(TypeError, match="not int"):
+        qgraph.prepare(3)
+
+
+def test_unknown_backends_and_recipes_name_the_known_ones() -> None:
+    with pytest.raises(qgraph.RecipeError, match="unknown backend 'onnxruntme'; did you mean 'onnxruntime'"):
+        qgraph.prepare(mlp_proto(), backend="onnxruntme")
+    with pytest.raises(qgraph.RecipeError, match="unknown recipe"):
+        qgraph.prepare(mlp_proto(), recipe="int8")
+
+
+def test_half_precision_models_stay_in_half_precision(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4)).half()
+    x = torch.randn(5, 8, dtype=torch.float16, generator=torch.Generator().manual_seed(0))
+    for recipe in ("w8a8", "w8a8-dynamic"):
+        quantized = qgraph.quantize(net, [x], example_inputs=(x,), recipe=recipe, output=tmp_path / "half.onnx")
+        assert quantized(x).dtype == torch.float16
+        (output,) = ort.InferenceSession(tmp_path / "half.onnx").get_outputs()
+        assert output.type == "tensor(float16)"
+        assert relative_error(first(qgraph.lower(quantized)(x)), net(x).detach()) < 0.05
+
+
+def test_dynamic_dimensions_keep_their_names(tmp_path: Path) -> None:
+    module, example = mlp_torch()
+    qgraph.quantize(module, batches(), example_inputs=example, dynamic_shapes=ROWS, output=tmp_path / "m.onnx")
+    session = ort.InferenceSession(tmp_path / "m.onnx")
+    assert [v.shape[0] for v in (*session.get_inputs(), *session.get_outputs())] == ["rows", "rows"]
