@@ -137,7 +137,7 @@ class _Site:
             x = self.x(wanted_x, rule, weight[0])
             if weight[0] and not x[0] and not isinstance(self.v, self.placement.weight_only):
                 weight = (None, x[1] if wanted_x else self.refuse(rule, "the backend has no kernel for an integer weight with float x"))
-        self.record("weight", *weight)
+        self.record("weight" if is_const(self.v.weight) else "operand", *weight)
         if not isinstance(self.v, Embedding):
             self.record("x", *x)
         return weight[0], x[0]

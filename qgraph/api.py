@@ -79,7 +79,7 @@ def prepare(
     target = get_backend(backend)
     gm = as_graph(model, example_inputs, dynamic_shapes=dynamic_shapes)
     _check_float(gm)
-    _run(gm, *PREPARE, InsertObservers(recipe, target.placement), verify=verify)
+    _run(gm, *PREPARE, *recipe.stages, InsertObservers(recipe, target.placement), verify=verify)
     return _at(gm, "prepared", recipe)
 
 

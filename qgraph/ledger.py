@@ -17,7 +17,7 @@ FLOAT = "float"
 
 @dataclass(frozen=True)
 class Entry:
-    """One decision. `role` is the operand of `node` it is about ("weight", "x", "bias", "output"); `decision` is a QSpec's text
+    """One decision. `role` is the operand of `node` it is about ("weight", "x", "operand" for a second activation, "bias", "output"); `decision` is a QSpec's text
     ("int8 sym per axis 0"), "int32" for a derived bias, or "float"; `by` the pass; `reason` a sentence."""
 
     node: str

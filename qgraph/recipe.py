@@ -18,6 +18,7 @@ from typing import Any, Literal
 import yaml
 
 from qgraph.errors import RecipeError, nearest
+from qgraph.pipeline import Pass
 from qgraph.types import Granularity, PerAxis, PerGroup, PerTensor, PerToken, QSpec
 
 Per = Literal["tensor", "channel", "group", "token"]
@@ -73,13 +74,12 @@ class Int:
         return self._spec(PerTensor(), symmetric=bool(self.symmetric), dynamic=self.dynamic)
 
 
-Stage = Callable[..., Any]
-STAGES: dict[str, Callable[[], Stage]] = {}
-"""Stage name in a recipe -> factory of a pass that transforms the observed graph (filled by `register_stage`)."""
+STAGES: dict[str, Callable[[], Pass]] = {}
+"""Stage name in a recipe -> factory of a pass that rewrites the float graph before it is annotated (filled by `register_stage`)."""
 
 
-def register_stage(name: str, factory: Callable[[], Stage]) -> None:
-    """Make `+name` usable in recipe names."""
+def register_stage(name: str, factory: Callable[[], Pass]) -> None:
+    """Make `+name` usable in recipe names and in the `stages` of YAML files."""
     STAGES[name] = factory
 
 
@@ -87,13 +87,14 @@ def register_stage(name: str, factory: Callable[[], Stage]) -> None:
 class Recipe:
     """What is wanted, for every backend.
 
+    `stages` are passes that run in order on the float graph, before it is annotated.
     `rules` maps a glob over module paths and ONNX node names to None (stays float) or to a mapping with `weights` and
     `activations` that replace the recipe's own; the last rule that matches wins. `observer` names an entry of
     `qgraph.observe.OBSERVERS`, `observer_options` its arguments. `embeddings` is the format of embedding tables (None: float)."""
 
     weights: Int | None = None
     activations: Int | None = None
-    stages: tuple[Stage, ...] = ()
+    stages: tuple[Pass, ...] = ()
     rules: Mapping[str, Mapping[str, Int | None] | None] = field(default_factory=dict)
     kv_cache: Int | None = None
     embeddings: Int | None = None
@@ -170,9 +171,9 @@ def _activations(bits: int, group: int | None, options: Mapping[str, Any]) -> In
     return Int(bits, per="tensor", symmetric=False, unsigned=True, dynamic=bool(options.get("dynamic")))
 
 
-def _stage(name: str) -> Stage:
+def _stage(name: str) -> Pass:
     if name not in STAGES:
-        raise RecipeError(f"unknown stage +{name}{nearest(name, STAGES) or '; no stage is registered (see register_stage)'}")
+        raise RecipeError(f"unknown stage +{name}{nearest(name, STAGES) or '; none is registered (see qgraph.register_stage)'}")
     return STAGES[name]()
 
 

@@ -12,9 +12,14 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from qgraph.annotate import SITES
+from qgraph.api import convert, lower, prepare
 from qgraph.backend import Backend
+from qgraph.capture import capture
+from qgraph.edit import add_constant, copy_graph
 from qgraph.errors import RecipeError
 from qgraph.recipe import Recipe, load_recipe
+from qgraph.views import view_any
 
 Compiled = Callable[..., Any]
 
@@ -31,7 +36,17 @@ def torch_backend(
 
     def compile_graph(gm: GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         frozen, kept = freeze(gm, example_inputs)
-        return _program(frozen, kept, example_inputs, recipe, backend)
+        dynamic = any(not isinstance(x, torch.Tensor) for x in example_inputs)
+        program: list[Compiled] = []
+
+        def compiled(*args: Any) -> Any:
+            inputs = tuple(args[i] for i in kept)
+            if not program:  # only now: dynamo's own tracing has ended, and the inputs are real
+                program.append(_program(frozen, inputs, dynamic, recipe, backend))
+            out = program[0](*inputs)
+            return out if isinstance(out, tuple | list) else (out,)
+
+        return compiled
 
     return compile_graph
 
@@ -40,8 +55,6 @@ def freeze(gm: GraphModule, example_inputs: Sequence[Any]) -> tuple[GraphModule,
     """Parameters and buffers become constants, symbolic sizes are read off the tensors that have them.
 
     Returns the graph and the positions of the inputs that are left."""
-    from qgraph.edit import add_constant, copy_graph
-
     new, kept = copy_graph(gm), []
     placeholders = [n for n in new.graph.nodes if n.op == "placeholder"]
     tensors = [n for n, x in zip(placeholders, example_inputs, strict=True) if isinstance(x, torch.Tensor)]
@@ -77,23 +90,9 @@ def _size(node: Node, x: Any, tensors: Sequence[Node]) -> Node:
     raise RecipeError(f"torch.compile passes {symbol}, which is no tensor and no tensor's size; compile with dynamic=False")
 
 
-def _program(frozen: GraphModule, kept: list[int], example_inputs: Sequence[Any], recipe: Recipe, backend: str | Backend) -> Compiled:
-    from qgraph.annotate import SITES
-    from qgraph.api import convert, lower, prepare
-    from qgraph.capture import capture
-    from qgraph.views import view_any
-
-    inputs = tuple(example_inputs[i] for i in kept)
-    dynamic = [i for i, x in enumerate(example_inputs) if not isinstance(x, torch.Tensor)]
+def _program(frozen: GraphModule, inputs: tuple[Any, ...], dynamic: bool, recipe: Recipe, backend: str | Backend) -> Compiled:
     shapes = tuple(dict.fromkeys(range(x.dim()), torch.export.Dim.AUTO) for x in inputs) if dynamic else None
     graph = capture(frozen, inputs, dynamic_shapes=shapes)
     if not any(view_any(SITES, n) for n in graph.graph.nodes):
-        run: Compiled = graph
-    else:
-        run = lower(convert(prepare(graph, recipe=recipe, backend=backend)), backend=backend)
-
-    def compiled(*args: Any) -> Any:
-        out = run(*(args[i] for i in kept))
-        return out if isinstance(out, tuple | list) else (out,)
-
-    return compiled
+        return graph
+    return lower(convert(prepare(graph, recipe=recipe, backend=backend)), backend=backend)

@@ -150,6 +150,17 @@ def test_half_precision_models_stay_in_half_precision(tmp_path: Path) -> None:
         assert relative_error(first(qgraph.lower(quantized)(x)), net(x).detach()) < 0.05
 
 
+def test_bfloat16_models_keep_their_type_in_the_reference_and_are_refused_by_onnxruntime() -> None:
+    net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4)).bfloat16()
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    quantized = qgraph.quantize(net, [x], example_inputs=(x,))
+    assert quantized(x).dtype == torch.bfloat16
+    assert {t.dtype for name, t in quantized.named_buffers() if name.endswith("_scale")} == {torch.bfloat16}
+    assert relative_error(quantized(x).float(), net(x).detach().float()) < 0.05
+    with pytest.raises(qgraph.LoweringError, match="is bfloat16, for which .* has no kernels: quantize module.float"):
+        qgraph.lower(quantized)
+
+
 def test_dynamic_dimensions_keep_their_names(tmp_path: Path) -> None:
     module, example = mlp_torch()
     qgraph.quantize(module, batches(), example_inputs=example, dynamic_shapes=ROWS, output=tmp_path / "m.onnx")

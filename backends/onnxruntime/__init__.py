@@ -17,6 +17,8 @@ from qgraph.backends.onnxruntime.standard import LOWER, lowers
 from qgraph.errors import LoweringError
 from qgraph.ledger import state
 from qgraph.pipeline import Context, Pass, Pipeline
+from qgraph.text import where
+from qgraph.types import type_of
 
 __all__ = ["LEGALIZE", "LOWER", "OnnxRuntime", "Program", "lowers"]
 
@@ -36,6 +38,7 @@ class OnnxRuntime:
 
         `strict`: a promised kernel that ONNX Runtime did not use is an error. `optimized` False: ONNX Runtime computes every node as
         written, for comparing numbers. Raises LoweringError."""
+        _refuse_bfloat16(gm)
         structure = getattr(gm, "_out_spec", None) if _is_aten(gm) else None
         lowered = self.legalize(gm)
         program = build(lowered, options=Options(self.threads, self.entries, optimized), structure=structure)
@@ -67,6 +70,17 @@ def check_kernels(found: list[Kernel]) -> None:
         listed = "; ".join(f"{k.node}: {k.promised} became {k.became or 'nothing'} ({k.reason})" for k in broken[:10])
         more = f"; and {len(broken) - 10} more" if len(broken) > 10 else ""
         raise LoweringError(f"{len(broken)} of {len(found)} promised kernels were not used: {listed}{more}")
+
+
+def _refuse_bfloat16(gm: GraphModule) -> None:
+    """Before anything is rewritten: ONNX Runtime would name some inner node that it has no kernel for."""
+    for node in gm.graph.nodes:
+        t = type_of(node)
+        if t is not None and t.dtype == "bfloat16":
+            raise LoweringError(
+                f"{where(node)} is bfloat16, for which ONNX Runtime's CPU provider has no kernels: quantize module.float() or "
+                'module.half(), or lower with backend="reference"'
+            )
 
 
 def _is_aten(gm: GraphModule) -> bool:

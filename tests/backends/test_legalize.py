@@ -213,7 +213,8 @@ def test_conv_weights_are_multiplied_out_along_the_channel_axis_of_each_layout()
         gm = load(f"{HEADER} g (float[B,4,H,W] x) => (float[B,6,P,Q] y) {{ y = {op_type}(x, w) }}", w=torch.randn(shape))
         quantize_weight(gm, node_of(gm, op_type))
         x = torch.randn(1, 4, 5, 6)
-        check(MultiplyOutWeights(), (ready(gm), gm(x)), (x,), None, tol=0)
+        # Not exact: the same weights in another memory layout may take another convolution algorithm.
+        check(MultiplyOutWeights(), (ready(gm), gm(x)), (x,), None, tol=1e-5)
 
 
 def test_weights_of_integer_sites_stay_dequantize_linear_with_zero_points():
