@@ -7,16 +7,9 @@ from torch import nn
 from qgraph.ops import Q
 from qgraph.passes import FoldPad
 from qgraph.pipeline import Context
-from qgraph.testing import check, from_onnx, from_torch
+from qgraph.testing import check, from_torch
 from qgraph.text import text
-
-
-def from_text(body, *args, opset=20, inputs="float[2,3,4] x", outputs="float[2,3,4] y", constants=""):
-    return from_onnx(f'<ir_version: 9, opset_import: ["": {opset}]> g ({inputs}) => ({outputs}) <{constants}> {{ {body} }}', *args)
-
-
-def ops(gm):
-    return [n.target.op_type for n in gm.graph.nodes if n.op == "call_function"]
+from tests.passes.graphs import from_text, ops
 
 
 def declines(gm):
