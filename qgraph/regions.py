@@ -12,7 +12,8 @@ union-find. Neither depends on the order in which nodes are visited.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,7 +23,7 @@ from qgraph.backend import ALL, Placement
 from qgraph.errors import RecipeError
 from qgraph.text import path_of
 from qgraph.types import QSpec, type_of
-from qgraph.views import Activation, is_const, view, view_any
+from qgraph.views import Activation, DataMovement, is_const, view, view_any
 
 Operands = tuple[Node, ...]
 
@@ -63,6 +64,10 @@ class Regions:
             return None
         v = view_any([i for t in tables for i in t], node)
         found = tuple(v.inputs) if hasattr(v, "inputs") else (v.x,)
+        if node.target is operator.getitem:
+            found = (_movement(found[0]).x,) if _is_split(found[0]) else ()
+        elif _is_split(node):
+            return None
         plain = bool(found) and all(isinstance(i, Node) and not is_const(i) and _is_float(i) for i in found)
         return found if plain else None
 
@@ -100,7 +105,7 @@ class Regions:
                 continue
             lost = integer.pop(node)
             work += [m for i in lost if (m := self.makers.get(i)) in integer]
-            work += [u for u in self.tails[node].users if u in integer]
+            work += [u for _, u in _readers(self.tails[node]) if u in integer]
         return integer
 
     def holds(self, node: Node, integer: Mapping[Node, Operands]) -> bool:
@@ -111,7 +116,7 @@ class Regions:
         return any(u in self.inputs and self.inputs[u][0] is value for u in value.users)
 
     def wanted(self, value: Node, integer: Mapping[Node, Operands]) -> bool:
-        return self.site_reads(value) or any(value in integer.get(u, ()) for u in value.users)
+        return self.site_reads(value) or any(value in integer.get(u, ()) for _, u in _readers(value))
 
     # --- quantized values and their scales ------------------------------------------
 
@@ -119,7 +124,8 @@ class Regions:
         """Who reads the quantized form: everybody when the value is made in integers, else whoever computes in integers."""
         if self.made(value):
             return tuple(value.users)
-        return tuple(u for u in value.users if self.inputs.get(u, (None,))[0] is value or value in self.followers.get(u, ()))
+        found = (edge for edge, u in _readers(value) if self.inputs.get(u, (None,))[0] is value or value in self.followers.get(u, ()))
+        return tuple(dict.fromkeys(found))
 
     def made(self, value: Node) -> bool:
         maker = self.makers.get(value)
@@ -161,6 +167,28 @@ class Regions:
             a, b = sorted(f"{spec} at {path_of(u)}" for spec, u in wanted.items())[:2]
             raise RecipeError(f"values that must share one scale are wanted as {a} and as {b}; give these operations one format")
         return next(iter(wanted), self.default)
+
+
+def _movement(node: Node) -> DataMovement:
+    found = view(DataMovement, node)
+    if found is None:
+        raise AssertionError(f"{node.name} was seen to move data")
+    return found
+
+
+def _is_split(node: Node) -> bool:
+    """A movement with several outputs. It is no value itself: each output that is picked from it follows its operand."""
+    picked = bool(node.users) and all(u.target is operator.getitem for u in node.users)
+    return picked and view(DataMovement, node) is not None
+
+
+def _readers(value: Node) -> Iterator[tuple[Node, Node]]:
+    """(node that reads the value, operation that it stands for): for a split, each of the outputs picked from it."""
+    for user in value.users:
+        if _is_split(user):
+            yield from ((user, picked) for picked in user.users)
+        else:
+            yield user, user
 
 
 def _is_float(node: Node) -> bool:
