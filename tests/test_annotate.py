@@ -72,15 +72,9 @@ def test_max_pooling_keeps_the_scale_of_its_input() -> None:
 
 
 def test_the_outputs_of_a_split_keep_the_scale_of_its_input() -> None:
-    def halves(m: Any, x: Tensor) -> Tensor:
-        left, right = m.a(x).chunk(2, 1)
-        return m.c(torch.cat([torch.relu(left), right], 1))
-
-    found, _ = solve(halves)
-    assert {"conv2d", "getitem_1"} in values(found) and {"relu"} not in values(found)
-    assert not any("chunk" in group for group in values(found)), "the split itself is no tensor"
     whole, _ = solve(lambda m, x: m.c(torch.cat(m.a(x).chunk(2, 1), 1)))
     assert {"conv2d", "getitem", "getitem_1"} in values(whole)
+    assert not any("chunk" in group for group in values(whole)), "the split itself is no tensor"
 
 
 @pytest.mark.parametrize("order", [lambda a, b: [a, b], lambda a, b: [b, a]])
