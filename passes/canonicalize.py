@@ -2,7 +2,8 @@
 
 Constant() -> stored tensor            copy(x), dropout(x), cast(x) to its type, reshape(x) to its shape -> x
 x + 0, x - 0, x * 1, x / 1, x ^ 1 -> x  transpose(transpose(x)) -> transpose(x) or x
-reshape(reshape(x)) -> reshape(x)      conv(pad(x, zeros)) -> conv(x) with padding      and the rules of FoldPad and Recompose"""
+view(x) -> reshape(x)                  reshape(reshape(x)) -> reshape(x)
+conv(pad(x, zeros)) -> conv(x) with padding      and the rules of FoldPad and Recompose"""
 
 from __future__ import annotations
 
@@ -61,6 +62,12 @@ def store_constant(m: Match, rw: Rewriter) -> Node | None:
 @rule(Op(DataMovement, kind="copy", x=Var("x")))
 def drop_copy(m: Match, rw: Rewriter) -> Node | None:
     return _node(m.x)
+
+
+@rule(Op(aten.view.default, self=Var("x"), size=Var("size")))
+def loosen_view(m: Match, rw: Rewriter) -> Node:
+    """reshape: strides are not part of a graph, and without its copies a view may need one"""
+    return rw.call(aten.reshape.default, m.x, m.size, like=m.root)
 
 
 @rule(Op(aten.dropout.default, input=Var("x"), train=False))
@@ -162,7 +169,7 @@ def join_views(m: Match, rw: Rewriter) -> Node:
     return rw.call(aten.reshape.default, m.x, m.size, like=m.root)
 
 
-COPIES = (drop_copy, drop_dropout, drop_dropout_with_mask, drop_cast)
+COPIES = (drop_copy, loosen_view, drop_dropout, drop_dropout_with_mask, drop_cast)
 RULES = (
     *(store_constant, drop_movement, drop_pad, drop_neutral, join_transposes, join_reshapes, join_views),
     *FOLD_PAD,

@@ -46,6 +46,7 @@ class _Insert:
         self.weights: dict[tuple[str, QSpec], Node] = {}
         self.dynamic: dict[tuple[Node, QSpec], Node] = {}
         self.scales: dict[str, Names] = {}
+        self.spent: list[Node] = []
 
     def run(self) -> int:
         count = 0
@@ -59,7 +60,10 @@ class _Insert:
                 node.replace_input_with(value, self.weight(value, spec) if role == "weight" else self.at_run_time(value, spec))
                 count += 1
         if count:
-            self.gm.delete_all_unused_submodules()
+            for node in self.spent:
+                self.gm.graph.erase_node(node)
+            for target in self.scales:  # torch's delete_all_unused_submodules would take bodies of control flow, too
+                self.gm.delete_submodule(target)
             self.gm.graph.lint()
             self.gm.recompile()
         return count
@@ -70,7 +74,7 @@ class _Insert:
         if target not in self.scales:
             self.scales[target] = self.constants(path_of(value), *found.qparams(_float_dtype(value, found)))
         node.replace_all_uses_with(self.fake_quantize(value, self.scales[target], found.spec))
-        self.gm.graph.erase_node(node)
+        self.spent.append(node)  # not erased yet: the first of them marks the place after the inputs
 
     def weight(self, value: Node, spec: QSpec) -> Node:
         key = (str(value.target), spec)

@@ -12,7 +12,7 @@ from qgraph.backend import Kernel, Placement
 from qgraph.backends.onnxruntime.legalize import LEGALIZE
 from qgraph.backends.onnxruntime.placement import PLACEMENT
 from qgraph.backends.onnxruntime.runtime import Options
-from qgraph.backends.onnxruntime.session import Program, build
+from qgraph.backends.onnxruntime.session import Program, Structure, build
 from qgraph.backends.onnxruntime.standard import LOWER, lowers
 from qgraph.errors import LoweringError
 from qgraph.ledger import state
@@ -39,7 +39,7 @@ class OnnxRuntime:
         `strict`: a promised kernel that ONNX Runtime did not use is an error. `optimized` False: ONNX Runtime computes every node as
         written, for comparing numbers. Raises LoweringError."""
         _refuse_bfloat16(gm)
-        structure = getattr(gm, "_out_spec", None) if _is_aten(gm) else None
+        structure = Structure.of(gm) if _is_aten(gm) else None
         lowered = self.legalize(gm)
         program = build(lowered, options=Options(self.threads, self.entries, optimized), structure=structure)
         if strict:

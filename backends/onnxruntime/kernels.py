@@ -77,10 +77,12 @@ class _Index:
     graph: onnx.GraphProto
 
     def __post_init__(self) -> None:
-        self.nodes = list(_nodes(self.graph))
+        self.nodes = [n for graph in _graphs(self.graph) for n in graph.node]
         self.by_token = {f"qgraph.{n.name.split('.')[1]}.": n for n in self.nodes if n.name.startswith("qgraph.")}
-        self.by_value = {name: n for n in self.nodes for name in (*n.output, n.name.removesuffix("_nchwc")) if name}
-        self.stored = {i.name for i in self.graph.initializer}
+        self.by_value = {name: n for n in self.nodes for name in (*n.output, n.name) if name}
+        # The value itself is then the output of the node that leaves the blocked layout.
+        self.by_value |= {n.name.removesuffix("_nchwc"): n for n in self.nodes if n.name.endswith("_nchwc")}
+        self.stored = {i.name for graph in _graphs(self.graph) for i in graph.initializer}
 
     def find(self, token: str, values: tuple[str, ...]) -> tuple[onnx.NodeProto | None, bool]:
         """(the node that took the place of the promised one, whether its weight is stored)."""
@@ -90,12 +92,13 @@ class _Index:
         return node, node is None or len(node.input) < 2 or node.input[1] in self.stored
 
 
-def _nodes(graph: onnx.GraphProto) -> Iterable[onnx.NodeProto]:
+def _graphs(graph: onnx.GraphProto) -> Iterable[onnx.GraphProto]:
+    """The graph and the bodies of its control flow."""
+    yield graph
     for node in graph.node:
-        yield node
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from _nodes(attribute.g)
+                yield from _graphs(attribute.g)
 
 
 def _kernel(p: Promise, label: str, found: tuple[onnx.NodeProto | None, bool]) -> Kernel:

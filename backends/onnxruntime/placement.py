@@ -10,7 +10,7 @@ from typing import Any
 
 from qgraph.backend import ALL, Placement
 from qgraph.types import PerGroup, PerToken, QSpec
-from qgraph.views import Concat, Conv, DataMovement, Elementwise, Embedding, Linear, Pool
+from qgraph.views import Concat, Conv, DataMovement, Elementwise, Embedding, Linear, Pool, const_value
 
 BLOCKS = (16, 32, 64, 128, 256)
 """Group sizes of MatMulNBits."""
@@ -21,7 +21,19 @@ def _accepts(operation: Any, role: str, spec: QSpec) -> str | None:
         return _accepts_weight(operation, spec)
     if isinstance(operation, Conv) and operation.transposed:
         return "there is no integer kernel for transposed convolution"
-    return _accepts_x(spec)
+    return (isinstance(operation, Linear) and _obstacle(operation)) or _accepts_x(spec)
+
+
+def _obstacle(linear: Linear) -> str | None:
+    """What a general Gemm may have and integer products have not."""
+    if linear.x_axis != -1:
+        return "integer kernels take no transposed x"
+    if linear.alpha != 1 or (linear.bias is not None and linear.beta != 1):
+        return "integer kernels have no factors alpha and beta"
+    bias = const_value(linear.bias) if linear.bias is not None else None
+    if bias is not None and bias.dim() > 1 and bias.shape[0] != 1:
+        return "integer kernels take one bias per output channel, not a matrix"
+    return None
 
 
 def _accepts_weight(operation: Any, spec: QSpec) -> str | None:

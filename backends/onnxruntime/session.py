@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime as ort
 import torch
 from onnx import checker, helper
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from qgraph.backend import Kernel
@@ -26,17 +26,35 @@ from qgraph.onnx_opset import header
 FILE = "model.onnx"
 
 
+@dataclass(frozen=True)
+class Structure:
+    """How a torch module returns its results: the tree, and its leaves, of which those that are no nodes (None, numbers) are constant."""
+
+    tree: pytree.TreeSpec
+    leaves: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, gm: GraphModule) -> Structure | None:
+        """That of a captured graph; None for a graph that returns its values as they are."""
+        tree, values = getattr(gm, "_out_spec", None), gm.graph.output_node().args[0]
+        return None if tree is None else cls(tree, tuple(values) if isinstance(values, tuple | list) else (values,))
+
+    def __call__(self, values: Sequence[Any]) -> Any:
+        computed = iter(values)
+        return pytree.tree_unflatten([next(computed) if isinstance(leaf, Node) else leaf for leaf in self.leaves], self.tree)
+
+
 @dataclass
 class Program:
     """Runs the file in `folder`, a temporary one that lives as long as the program.
 
-    `gm` is the graph in pure ONNX operators; `structure` is how the flat outputs are returned: torch's tree, or None for a tuple (ONNX)."""
+    `gm` is the graph in pure ONNX operators; `structure` is how the flat outputs are returned, None for a tuple (ONNX)."""
 
     gm: GraphModule
     folder: tempfile.TemporaryDirectory[str]
     session: ort.InferenceSession
     options: Options = field(default_factory=Options)
-    structure: pytree.TreeSpec | None = None
+    structure: Structure | None = None
 
     @property
     def path(self) -> Path:
@@ -50,7 +68,7 @@ class Program:
         arrays = any(isinstance(v, np.ndarray) for v in feeds.values())
         found = self.session.run(None, {k: _array(v) for k, v in feeds.items()})
         values = found if arrays else [torch.from_numpy(np.ascontiguousarray(v)) for v in found]
-        return tuple(values) if self.structure is None else pytree.tree_unflatten(values, self.structure)
+        return tuple(values) if self.structure is None else self.structure(values)
 
     def _feeds(self, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Any]:
         names = [i.name for i in self.session.get_inputs()]
@@ -77,7 +95,7 @@ def _array(value: Any) -> Any:
     return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
 
 
-def build(gm: GraphModule, *, options: Options, structure: pytree.TreeSpec | None = None) -> Program:
+def build(gm: GraphModule, *, options: Options, structure: Structure | None = None) -> Program:
     """The program of a graph of pure ONNX operators: written, checked by the ONNX checker, loaded by ONNX Runtime.
 
     Raises LoweringError when one of them refuses it."""
