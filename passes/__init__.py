@@ -13,6 +13,7 @@ from qgraph.passes.insert_fake_quant import InsertFakeQuant
 from qgraph.passes.insert_observers import InsertObservers
 from qgraph.passes.recompose import Recompose
 from qgraph.passes.remove_dead import RemoveDead
+from qgraph.passes.sink_constants import SinkConstants
 
 __all__ = [
     "AbsorbActivation",
@@ -27,5 +28,6 @@ __all__ = [
     "InsertObservers",
     "Recompose",
     "RemoveDead",
+    "SinkConstants",
     "as_onnx_pass",
 ]

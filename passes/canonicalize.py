@@ -64,7 +64,7 @@ def drop_copy(m: Match, rw: Rewriter) -> Node | None:
     return _node(m.x)
 
 
-@rule(Op(aten.view.default, self=Var("x"), size=Var("size")))
+@rule(OneOf(*(Op(view, self=Var("x"), size=Var("size")) for view in (aten.view.default, aten._unsafe_view.default))))
 def loosen_view(m: Match, rw: Rewriter) -> Node:
     """reshape: strides are not part of a graph, and without its copies a view may need one"""
     return rw.call(aten.reshape.default, m.x, m.size, like=m.root)

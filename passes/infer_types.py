@@ -35,7 +35,8 @@ class InferTypes(Pass):
         if not isinstance(gm.meta.get("onnx_graph"), GraphHeader) or not all(_is_onnx(n) for n in gm.graph.nodes):
             return 0
         names = plan(gm, Names(gm), captured=())
-        known = _inferred(gm)
+        symbols = _symbols(gm)
+        known = {name: _without_invented(kind, symbols) for name, kind in _inferred(gm).items()}
         return sum(_learn(value, known.get(name)) for (node, i), name in names.results.items() if (value := _value(node, i)) is not None)
 
 
@@ -65,6 +66,18 @@ def _inferred(gm: GraphModule) -> dict[str, TensorType]:
     found: ir.Model = ir.from_proto(proto)
     values = [v for node in found.graph for v in node.outputs if v.name]
     return {str(v.name): kind for v in values if (kind := tensor_type(v)) is not None}
+
+
+def _symbols(gm: GraphModule) -> set[str]:
+    """The model's own names of dimensions."""
+    shapes = [kind.shape for node in gm.graph.nodes if (kind := type_of(node)) is not None and kind.shape is not None]
+    return {d for shape in shapes for d in shape if isinstance(d, str)}
+
+
+def _without_invented(kind: TensorType, symbols: set[str]) -> TensorType:
+    """Inference numbers the dimensions that it does not know; nobody wants to read these names in a file."""
+    shape = kind.shape
+    return kind if shape is None else TensorType(kind.dtype, tuple(None if isinstance(d, str) and d not in symbols else d for d in shape))
 
 
 def _learn(node: Node, found: TensorType | None) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from qgraph.edit import Prologue, add_constant, graph_modules
+from qgraph.errors import CalibrationError
 from qgraph.observe import Observer, range_of
 from qgraph.ops import choose_qparams
 from qgraph.passes.insert_observers import QUANTIZE
@@ -35,7 +36,26 @@ class InsertFakeQuant(Pass):
     contract: ClassVar[Contract] = LOSSY
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
+        _require_data(gm)
         return sum(_Insert(part).run() for part in graph_modules(gm))
+
+
+def _require_data(gm: GraphModule) -> None:
+    """All that lacks data at once: a branch that never ran has many such values."""
+    found = [
+        (node, user)
+        for part in graph_modules(gm)
+        for node in part.graph.nodes
+        if node.op == "call_module" and isinstance(seen := part.get_submodule(str(node.target)), Observer) and not seen.seen
+        for user in node.users
+        if not seen.infinite
+    ]
+    if len(found) > 1:
+        value, reader = path_of(found[0][0].all_input_nodes[0]), path_of(found[0][1])
+        raise CalibrationError(
+            f"{len(found)} operands were never observed, the first is {value!r} of {reader!r}; calibrate with data that reaches them, "
+            f"or leave these operations in float by rules, such as rules.{reader}=null"
+        )
 
 
 class _Insert:

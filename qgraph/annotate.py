@@ -149,9 +149,14 @@ class _Site:
         """Why this operation can have no integer format at all, or ""."""
         value = const_value(self.v.weight)
         if value is None:
-            return "both operands are activations" if isinstance(self.v, Linear) else "its weight is not a constant"
+            if isinstance(self.v, Linear):
+                return (
+                    "its constant operand is the first, kernels take it second" if is_const(self.v.x) else "both operands are activations"
+                )
+            return "its weight is not a constant"
         if value.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            return f"its weight is {str(value.dtype).removeprefix('torch.')}, not float"
+            kind = str(value.dtype).removeprefix("torch.")
+            return f"its weight is {kind}, not float32 or a 16-bit float; convert the model if it should be quantized"
         if not isinstance(self.v, Conv) and value.dim() != 2:
             return f"its weight has {value.dim()} axes, integer kernels take 2"
         return "its weight is empty" if value.numel() == 0 else ""

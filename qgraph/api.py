@@ -29,6 +29,7 @@ from qgraph.passes import (
     InsertFakeQuant,
     InsertObservers,
     RemoveDead,
+    SinkConstants,
 )
 from qgraph.pipeline import Context, Pass, Pipeline, Verify
 from qgraph.recipe import Recipe, load_recipe
@@ -44,7 +45,7 @@ QUANTIZED_OPS = frozenset(
 )
 """ONNX operations that only quantized models have."""
 
-PREPARE: tuple[Pass, ...] = (InferTypes(), Canonicalize(), FoldConstants(), FoldBatchNorm(), RemoveDead())
+PREPARE: tuple[Pass, ...] = (InferTypes(), SinkConstants(), Canonicalize(), FoldConstants(), FoldBatchNorm(), RemoveDead())
 """What every model goes through before it is annotated; none of them changes numbers beyond float rounding."""
 
 

@@ -151,18 +151,25 @@ def _calibrate(prepared: Any, recipe: Recipe, path: str | None, batch: int) -> N
 
 
 def _report(source: str, output: Path, recipe: Recipe, ledger: Any, kernels: list[Kernel]) -> dict[str, Any]:
-    before = Path(source)
     return {
         "output": str(output),
         "recipe": recipe.name,
-        "bytes": output.stat().st_size,
-        "source_bytes": before.stat().st_size if before.is_file() else None,
+        "bytes": _bytes(output),
+        "source_bytes": _bytes(Path(source)) if Path(source).is_file() else None,
         **ledger.summary(),
         "kernels_promised": len(kernels),
         "kernels_fused": sum(k.fused for k in kernels),
         "unfused": [{"node": k.node, "promised": k.promised, "became": k.became, "reason": k.reason} for k in kernels if not k.fused],
         "float": [{"node": e.node, "role": e.role, "reason": e.reason} for e in ledger if not e.quantized],
     }
+
+
+def _bytes(path: Path) -> int:
+    """With the external data of the model."""
+    from qgraph.inspect import file_bytes
+    from qgraph.onnx_read import read_model
+
+    return file_bytes(path, read_model(path))
 
 
 def _report_text(report: dict[str, Any]) -> str:

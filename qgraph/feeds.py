@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
 
 from qgraph.errors import CalibrationError, nearest
 from qgraph.ledger import State
@@ -39,7 +40,8 @@ def inputs_of(gm: GraphModule) -> tuple[Input, ...]:
 def arrange(feed: Any, inputs: Sequence[Input], *, where: str) -> list[Any]:
     """The feed's values in the order of `inputs`, each checked and converted to a torch tensor.
 
-    `feed` is a dict by input name, a tuple or list in order, or the only value itself; values are torch tensors or arrays.
+    `feed` is a dict by input name, a tuple or list in order, or the only value itself; values are torch tensors or arrays. What the
+    tuple nests (the lists and dicts that a torch module takes) is flattened, as the capture did.
     The element type must be the input's, or another of its kind (float, integer) in which the values are exactly representable:
     float64 data that was float32, int32 token ids for an int64 input. Rank and fixed dimensions must match.
     Raises CalibrationError naming the input and `where` ("batch 3").
@@ -61,7 +63,7 @@ def _by_name(feed: Mapping[Any, Any], inputs: Sequence[Input], where: str) -> li
 
 
 def _in_order(feed: Any, inputs: Sequence[Input], where: str) -> list[Any]:
-    values = list(feed) if isinstance(feed, tuple | list) else [feed]
+    values = pytree.tree_leaves(list(feed) if isinstance(feed, tuple | list) else [feed])
     if len(values) != len(inputs):
         names = ", ".join(i.name for i in inputs)
         raise CalibrationError(f"{where} has {len(values)} values, but the model has {len(inputs)} inputs: {names}")

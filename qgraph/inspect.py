@@ -73,7 +73,7 @@ def inspect(path: str | PathLike[str]) -> Inspection:
     runs, refusal = _optimized(Path(path))
     return Inspection(
         path=str(path),
-        bytes=_file_bytes(Path(path), model),
+        bytes=file_bytes(Path(path), model),
         ir_version=model.ir_version or 0,
         opsets=dict(model.opset_imports),
         nodes=_count(_nodes(model)),
@@ -168,8 +168,8 @@ def _float_constant(value: ir.Value | None) -> bool:
     return tensor is not None and tensor.dtype.is_floating_point()
 
 
-def _file_bytes(path: Path, model: ir.Model) -> int:
-    """The file and the external data that it refers to."""
+def file_bytes(path: Path, model: ir.Model) -> int:
+    """The size of the file and of the external data that it refers to."""
     data = {Path(tensor.path) for _, tensor in _stored(model) if isinstance(tensor, ir.ExternalTensor)}
     return sum(p.stat().st_size for p in {path, *data})
 

@@ -161,6 +161,8 @@ def _dim(size: torch.SymInt, name: str) -> Any:
 
 def _simplify(model: ir.Model) -> None:
     """torch.onnx's own clean-up (shape arithmetic, no-op casts, repeated nodes), but weights keep their layout, name and identity."""
+    # The exporter names a stored tensor after its buffer, which may be the name of another value; folding goes by names.
+    onnx_passes.NameFixPass()(model)
     # A second round folds what the rewrites of the first one uncovered.
     for _ in range(2):
         optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=_may_fold)

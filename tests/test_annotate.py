@@ -14,7 +14,7 @@ from qgraph.backends.onnxruntime.placement import PLACEMENT
 from qgraph.errors import RecipeError
 from qgraph.ledger import Ledger
 from qgraph.recipe import Int, Recipe, load_recipe
-from qgraph.testing import from_torch
+from qgraph.testing import from_onnx, from_torch
 from qgraph.views import Concat
 
 IMAGE = torch.linspace(-1, 1, 2 * 3 * 8 * 8).view(2, 3, 8, 8)
@@ -196,3 +196,21 @@ def test_ledger_prints_one_line_per_decision() -> None:
     _, ledger = solve(lambda m, x: m.a(x))
     lines = ledger.table().splitlines()
     assert len(lines) == len(ledger) == 3 and any("int8 sym per axis 0" in line for line in lines)
+
+
+def test_a_gemm_that_integer_kernels_do_not_take_keeps_its_activations_in_float() -> None:
+    start = '<ir_version: 8, opset_import: ["": 13]> g (float[4,4] x) => (float[4,4] y) <float[4,4] w = {%s}, float[4,4] c = {%s}>'
+    numbers = ", ".join(str(i / 7) for i in range(16))
+    for attributes, operands, reason in (
+        ("<alpha = 0.5>", "x, w", "no factors alpha and beta"),
+        ("<beta = 2.0>", "x, w, c", "no factors alpha and beta"),
+        ("<transA = 1>", "x, w", "no transposed x"),
+        ("", "x, w, c", "one bias per output channel"),
+    ):
+        gm, _ = from_onnx(f"{start % (numbers, numbers)} {{ [site] y = Gemm {attributes} ({operands}) }}", torch.eye(4))
+        ledger = Ledger()
+        annotate(gm, load_recipe("w8a8"), PLACEMENT, ledger)
+        entry = ledger.get("site", "x")
+        assert entry is not None and not entry.quantized and reason in entry.reason
+        weight = ledger.get("site", "weight")
+        assert weight is not None and weight.quantized

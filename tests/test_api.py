@@ -161,6 +161,46 @@ def test_bfloat16_models_keep_their_type_in_the_reference_and_are_refused_by_onn
         qgraph.lower(quantized)
 
 
+def test_nested_and_absent_arguments_are_calibrated_and_run_as_the_module_takes_them() -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp_torch()[0]
+
+        def forward(self, inputs: dict[str, Tensor], pair: list[Tensor], mask: Tensor | None = None) -> Tensor:
+            y: Tensor = self.net(inputs["x"]) * pair[0]
+            return y + pair[1] if mask is None else y * mask
+
+    model = Nested().eval()
+    example = ({"x": X[:3]}, [torch.rand(3, 1), torch.rand(3, 1)], None)
+    prepared = qgraph.prepare(model, example, recipe="w8a8")
+    qgraph.calibrate(prepared, [example], progress=False)
+    program = qgraph.lower(qgraph.convert(prepared))
+    assert relative_error(first(program(*example)), first(model(*example))) < 0.05
+
+
+def test_a_float64_model_is_refused_with_the_remedy() -> None:
+    with pytest.raises(qgraph.ModelError, match=r"float64.*convert the model"):
+        qgraph.prepare(nn.Linear(16, 4).double(), torch.randn(2, 16).double())
+
+
+def test_results_that_are_no_tensors_keep_their_place_in_the_structure() -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp_torch()[0]
+
+        def forward(self, x: Tensor) -> dict[str, Any]:
+            y = self.net(x)
+            return {"none": None, "pair": (y, 3), "last": -y}
+
+    model = Nested().eval()
+    quantized = qgraph.quantize(model, example_inputs=(X[:3],), recipe="w8a8-dynamic")
+    got = qgraph.lower(quantized)(X[:3])
+    assert list(got) == ["none", "pair", "last"] and got["none"] is None and got["pair"][1] == 3
+    assert relative_error(got["pair"][0], first(model(X[:3])["pair"])) < 0.05 and torch.equal(got["last"], -got["pair"][0])
+
+
 def test_dynamic_dimensions_keep_their_names(tmp_path: Path) -> None:
     module, example = mlp_torch()
     qgraph.quantize(module, batches(), example_inputs=example, dynamic_shapes=ROWS, output=tmp_path / "m.onnx")

@@ -157,3 +157,10 @@ def test_help_comes_without_loading_torch():
     program = "import sys; from qgraph.cli import main; main(['quantize', '--help'], standalone_mode=False); print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     assert "--calibration" in result.stdout and result.stdout.endswith("False\n")
+
+
+def test_sizes_include_external_data(tmp_path):
+    small.save_mlp(tmp_path / "float.onnx", external=True)
+    result = run("quantize", tmp_path / "float.onnx", "-o", tmp_path / "w8.onnx", "--recipe", "w8a16", "--json")
+    files = [p.stat().st_size for p in tmp_path.iterdir() if p.name != "w8.onnx"]
+    assert len(files) == 2 and json.loads(result.stdout)["source_bytes"] == sum(files)

@@ -19,6 +19,7 @@ from qgraph.errors import LoweringError
 from qgraph.ledger import state
 from qgraph.onnx_io import to_proto
 from qgraph.onnx_ops import OnnxOp
+from qgraph.passes import FoldConstants
 from qgraph.text import path_of
 from qgraph.torch_export import to_onnx_dialect
 from qgraph.views import operands
@@ -221,6 +222,23 @@ def test_outputs_may_be_inputs_repeated_or_absent() -> None:
     assert [i.name for i in to_proto(gm).graph.input] == ["x", "relu"]
     assert [o.name for o in to_proto(gm).graph.output] == ["output_0", "output_1", "output_3"]
     torch.testing.assert_close(got, [torch.relu(x) + r, x, torch.relu(x) + r])
+
+
+def test_a_stored_tensor_named_like_a_computed_value_is_not_taken_for_it() -> None:
+    class Folded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Buffer(torch.tensor([[1, 2]])), nn.Buffer(torch.tensor([[3, 4]]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            stored = torch.cat([self.a, self.b])
+            return torch.cat([x, x + 1]) * stored
+
+    x = torch.randn(1, 2)
+    gm = capture(Folded(), (x,))
+    FoldConstants()(gm)
+    assert "cat" in dict(gm.named_buffers())  # and torch.export calls the other node so
+    torch.testing.assert_close(run(to_onnx_dialect(gm), x)[0], Folded()(x))
 
 
 def test_the_exporter_is_quiet() -> None:

@@ -20,6 +20,7 @@ from qgraph.backends.onnxruntime.packing import block_size, container_bits, matm
 from qgraph.backends.onnxruntime.sites import LinearSite, Weight, constant, dynamic_source, linear_rules, rank, static_source
 from qgraph.ops import Q, quantize_bias
 from qgraph.rewrite import Rewriter
+from qgraph.views import Elementwise, view
 
 CHANNEL_BLOCK = 128
 """Block of a weight with one scale per channel: longer ones are faster, and 128 is the longest that every kernel takes."""
@@ -101,13 +102,15 @@ def static_bias(s: LinearSite, rw: Rewriter) -> Node | None:
 
     Case 1: x has two axes and the bias fits int32 at scale x_scale * w_scale: Gemm, which becomes QGemm.
     Case 2: MatMulIntegerToFloat with a float bias. (QDQ leaves a separate Add there, and for fixed shapes nothing is fused at all:
-    MatMul and Add turn into a float Gemm before the integer fusions run.)"""
+    MatMul and Add turn into a float Gemm before the integer fusions run, also where Add is a residual one.)"""
     x, w, bias = static_source(s.v.x), s.weight(), s.bias_value()
-    if x is None or w is None or bias is None or w.group or container_bits(w.dtype) != 8 or not s.plain:
+    if x is None or w is None or w.group or container_bits(w.dtype) != 8 or not s.plain:
+        return None
+    if bias is None and (s.bias is not None or not _is_summed(s.node)):
         return None
     x_scale = constant(x.scale, rw)
     two_axes = rank(s.v.x) == 2 or s.v.bias is not None  # a linear with a bias of its own is a Gemm
-    integer = quantize_bias(bias, x_scale, w.scale) if two_axes else "x has not two axes"
+    integer = quantize_bias(bias, x_scale, w.scale) if two_axes and bias is not None else "no int32 bias on two axes"
     o = Emitter(rw, s.node)
     if isinstance(integer, torch.Tensor):
         scale = (x_scale.reshape(()).float() * w.per_channel.float()).contiguous()
@@ -116,8 +119,18 @@ def static_bias(s: LinearSite, rw: Rewriter) -> Node | None:
     if x.dtype != "uint8" or x.zero_point is None:
         return None
     w_zero = None if w.zero_point is None else o.const(w.zero_point, "zero_point")
-    operands = (x.q, s.kn(rw), x.scale, o.const(w.scale, "scale"), x.zero_point, w_zero, o.const(bias.float(), "bias"))
+    operands = [x.q, s.kn(rw), x.scale, o.const(w.scale, "scale"), x.zero_point]
+    if bias is not None:
+        operands += [w_zero, o.const(bias.float(), "bias")]  # type: ignore[list-item]
+    elif w_zero is not None:
+        operands.append(w_zero)
     return o("MatMulIntegerToFloat", *operands, dtype="float32", like=s.root, domain=MICROSOFT, main=True)
+
+
+def _is_summed(node: Node) -> bool:
+    """Its one reader adds it to something, in float."""
+    add = view(Elementwise, next(iter(node.users))) if len(node.users) == 1 else None
+    return add is not None and add.kind == "add"
 
 
 LINEAR_RULES = (

@@ -61,7 +61,7 @@ class Program:
         return Path(self.folder.name) / FILE
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
-        """Run on positional inputs (nested ones are flattened), on named ones, or on one mapping of names.
+        """Run on positional inputs (nested ones are flattened, None left out), on named ones, or on one mapping of names.
 
         Raises ModelError for a wrong number or name of inputs."""
         feeds = self._feeds(inputs, named)
@@ -75,7 +75,8 @@ class Program:
         only = inputs[0] if len(inputs) == 1 and not named else None
         if isinstance(only, Mapping):
             inputs, named = (), only
-        flat: list[Any] = pytree.tree_leaves(inputs)
+        # An argument that was None at the capture is no input; one that was not is then missing.
+        flat: list[Any] = [v for v in pytree.tree_leaves(inputs) if v is not None]
         feeds = dict(zip(names, flat, strict=False)) | dict(named)
         if len(flat) + len(named) != len(names) or set(feeds) != set(names):
             got = f"{len(flat)} positional" + (f" and {', '.join(named)}" if named else "")

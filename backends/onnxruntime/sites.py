@@ -119,7 +119,7 @@ def _site(node: Node, bias: Node | None, root: Node) -> LinearSite:
 
 
 def added_bias(node: Node) -> Node | None:
-    """The addition of a constant [N] that is the only reader of a linear without a bias of its own."""
+    """The addition of a constant [N] (or [1, ..., N]) that is the only reader of a linear without a bias of its own."""
     v = view(Linear, node)
     reader = next(iter(node.users)) if len(node.users) == 1 else None
     add = None if reader is None else view(Elementwise, reader)
@@ -130,7 +130,9 @@ def added_bias(node: Node) -> Node | None:
     q = None if weight is None else const_value(weight.q)
     if value is None or q is None or q.dim() != 2:
         return None
-    return reader if value.shape == (q.shape[v.out_axis],) else None
+    n = q.shape[v.out_axis]
+    adds_axes = value.dim() > max(rank(v.x) or 1, 1)
+    return reader if value.numel() == n and value.shape[-1:] == (n,) and not adds_axes else None
 
 
 def dynamic_source(x: Node) -> tuple[Node, DynamicQuantize, Dequantize] | None:

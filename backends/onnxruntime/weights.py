@@ -91,7 +91,7 @@ def _row_factor(o: Emitter, factor: Node, w: Dequantize, indices: Node, float_ty
 
 @rule(STORED)
 def multiply_out(m: Match, rw: Rewriter) -> Node | None:
-    """dequantize(const) -> Cast(const) * scale, which ONNX Runtime computes once, when it loads the model.
+    """dequantize(const) -> Cast(const) * scale in float32, which ONNX Runtime computes once, when it loads the model.
 
     DequantizeLinear stays only where an integer kernel takes it: before a float product ONNX Runtime either runs it again at every
     call or turns the pair into MatMulNBits at level 4, quantizing the activations without being asked."""
@@ -105,17 +105,18 @@ def multiply_out(m: Match, rw: Rewriter) -> Node | None:
         rw.decline("one weight is read by an integer and by a float kernel; it stays dequantized at run time")
     q, scale = constant(w.q, rw), constant(w.scale, rw)
     zero = None if w.zero_point is None else constant(w.zero_point, rw)
-    o, float_type = Emitter(rw), str(scale.dtype).removeprefix("torch.")
+    o, kind = Emitter(rw), str(scale.dtype).removeprefix("torch.")
     blocks, width = None, q.shape
     if w.group:
         blocks, width = _blocked(q, w)
-    y = o.cast(o.const(_padded(q, w), "blocks") if w.group else w.q, float_type)
+    y = o.cast(o.const(_padded(q, w), "blocks") if w.group else w.q, "float32")
     if w.group:
-        y = o("Reshape", y, o.const(torch.tensor(blocks), "shape"), dtype=float_type, since=5)
+        y = o("Reshape", y, o.const(torch.tensor(blocks), "shape"), dtype="float32", since=5)
+    like = None if w.group else m.w  # the shape tells readers what they are
     for op_type, factor in (("Sub", zero), ("Mul", scale)):
         if factor is not None:
-            like = None if w.group else m.w  # the shape tells readers what they are
-            y = o(op_type, y, o.const(_spread(factor.to(scale.dtype), w, q.dim()), op_type), dtype=float_type, like=like, since=7)
+            y = o(op_type, y, o.const(_spread(factor.float(), w, q.dim()), op_type), dtype="float32", like=like, since=7)
+    y = o.cast(y, kind)  # last: without 16-bit arithmetic on the CPU, ONNX Runtime would leave the product to every run
     if w.group:
         y = _unblocked(o, y, m.w, w, width)
     return y

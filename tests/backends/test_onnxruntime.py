@@ -586,3 +586,60 @@ def test_nothing_is_written_when_the_runtime_refuses_the_model(tmp_path):
     with pytest.raises(LoweringError, match="ONNX Runtime .* refuses the model"):
         ORT.export(ready(gm), tmp_path / "m.onnx")
     assert (tmp_path / "m.onnx").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_weights_of_a_float16_model_are_multiplied_out_at_load():
+    torch.manual_seed(0)
+    gm = load(
+        """<ir_version: 8, opset_import: ["": 13]> g (float16[B,24] x) => (float16[B,40] y) { y = MatMul(x, w) }""",
+        w=torch.randn(24, 40).half(),
+    )
+    quantize_weight(gm, linear_of(gm))
+    both(ready(gm), torch.randn(5, 24).half(), tol=5e-2)
+
+
+def test_convolutions_in_the_blocked_layout_are_found_where_they_leave_it():
+    torch.manual_seed(0)
+    gm = load(
+        """<ir_version: 8, opset_import: ["": 13]> g (float[1,16,9,9] x) => (float[1,16,9,9] y) { c = Conv(x, w)  y = Softmax <axis = 3> (c) }""",
+        w=torch.randn(16, 16, 1, 1),
+    )
+    quantize_weight(gm, node_of(gm, "Conv"))
+    assert became(ORT.lower(ready(gm), strict=True)) == ["Conv"]
+
+
+def test_weights_folded_in_bodies_of_control_flow_count_as_stored():
+    torch.manual_seed(0)
+
+    def body(name: str) -> str:
+        values = ", ".join(f"{v:.3f}" for v in torch.randn(24).tolist())
+        return f"{name} () => (float[B,6] {name}_y) <float[4,6] {name}_w = {{{values}}}> {{ {name}_y = MatMul(x, {name}_w) }}"
+
+    gm = load(
+        f"""<ir_version: 8, opset_import: ["": 13]> g (bool c, float[B,4] x) => (float[B,6] y)
+        {{ y = If(c) <then_branch = {body("t")}, else_branch = {body("e")}> }}"""
+    )
+    for part in list(graph_modules(gm))[1:]:
+        quantize_weight(part, node_of(part, "MatMul"))
+        ready(part)
+    assert [k.fused for k in ORT.lower(gm, strict=True).kernels()] == [True, True]
+
+
+@pytest.mark.parametrize("dims", ["B,24", "5,24"])
+def test_a_static_product_with_a_residual_or_a_row_as_bias_is_computed_in_integers(dims):
+    torch.manual_seed(0)
+    gm = load(
+        f"""<ir_version: 8, opset_import: ["": 13]> g (float[{dims}] x) => (float[{dims}] y)
+        {{ m = MatMul(x, w)  r = Add(m, x)  y = Relu(r) }}""",
+        w=torch.randn(24, 24),
+    )
+    quantize_weight(gm, linear_of(gm))
+    quantize_static(gm, placeholder(gm), -2.0, 3.0, readers=[linear_of(gm)])
+    assert became(both(ready(gm), torch.randn(5, 24), tol=2e-5)) == ["MatMulIntegerToFloat"]
+    gm = load(
+        f"""<ir_version: 8, opset_import: ["": 13]> g (float[{dims}] x) => (float[{dims[:2]}16] y) {{ m = MatMul(x, w)  y = Add(b, m) }}""",
+        w=torch.randn(24, 16), b=torch.randn(1, 16),
+    )  # fmt: skip
+    quantize_weight(gm, linear_of(gm))
+    quantize_static(gm, placeholder(gm), -2.0, 3.0)
+    assert became(both(ready(gm), torch.randn(5, 24), tol=5e-4)) == ["QGemm"]

@@ -73,20 +73,27 @@ def edit_distance(a: str, b: str) -> int:
     return row[-1]
 
 
-def latency_ratio(float_path: Path | str, quantized_path: Path | str, shape: tuple[int, ...], *, runs: int = 40, warmup: int = 5) -> float:
+def latency_ratio(
+    float_path: Path | str, quantized_path: Path | str, shape: tuple[int, ...], *, runs: int = 40, warmup: int = 5, seconds: float = 5
+) -> float:
     """Median latency of the quantized file over that of the float one, the two run in turn so that drift hits both.
 
+    At least `runs` of each, and as many as `seconds` hold, so that small models are not timed in one bad moment of a shared machine.
     Every input gets `shape`: token ids for integers (ones for a mask), unit normal values for floats."""
     pair = session(float_path), session(quantized_path)
     feeds = _random_feeds(pair[0], shape)
-    times = np.empty((2, warmup + runs))
-    for k in range(warmup + runs):
-        for i, run in enumerate(pair):
-            start = perf_counter()
-            run.run(None, feeds)
-            times[i, k] = perf_counter() - start
-    float_time, quantized_time = np.median(times[:, warmup:], axis=1)
+    times: list[tuple[float, float]] = []
+    end = perf_counter() + seconds
+    while len(times) < warmup + runs or perf_counter() < end:
+        times.append((_timed(pair[0], feeds), _timed(pair[1], feeds)))
+    float_time, quantized_time = np.median(times[warmup:], axis=0)
     return float(quantized_time / float_time)
+
+
+def _timed(run: ort.InferenceSession, feeds: dict[str, np.ndarray]) -> float:
+    start = perf_counter()
+    run.run(None, feeds)
+    return perf_counter() - start
 
 
 def _random_feeds(run: ort.InferenceSession, shape: tuple[int, ...]) -> dict[str, np.ndarray]:

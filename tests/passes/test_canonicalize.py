@@ -118,6 +118,16 @@ def test_dropout_with_a_mask_that_nothing_reads_goes():
     check(Pipeline(Canonicalize(), RemoveDead()), start, (X,), "%0: f32[2,3,4] = onnx.Neg(%x)\nreturn %0")
 
 
+@pytest.mark.parametrize("view", [torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default])
+def test_a_view_of_a_dropped_copy_becomes_a_reshape(view):
+    start = from_torch(Fn(lambda x: view(x.permute(0, 2, 1).contiguous(), [2, 12])), X)
+    check(Canonicalize(), start, (X,), """
+        %0: f32[2,4,3] = aten.permute(%x, [0, 2, 1])
+        %1: f32[2,12] = aten.reshape(%0, [2, 12])
+        return %1
+    """)  # fmt: skip
+
+
 def test_copies_stay_where_something_is_written_in_place():
     graph = torch.fx.Graph()
     x = graph.placeholder("x")

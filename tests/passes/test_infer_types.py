@@ -54,3 +54,11 @@ def test_unknown_ops_and_other_dialects_are_no_obstacle():
     graph = torch.fx.Graph()
     graph.output(torch.ops.aten.relu.default)
     assert InferTypes().run(torch.fx.GraphModule(torch.nn.Module(), graph), Context()) == 0
+
+
+def test_dimensions_that_inference_only_numbers_stay_unknown():
+    gm = load(onnx.parser.parse_model("""<ir_version: 9, opset_import: ["": 20]> g (float[N,3] x) => (float y) {
+        z = NonZero (x) f = Cast <to = 1> (z) y = Transpose (f) }"""))  # fmt: skip
+    InferTypes().run(gm, Context())
+    (cast,) = [n for n in gm.graph.nodes if getattr(n.target, "op_type", "") == "Cast"]
+    assert type_of(cast).shape == (2, None)

@@ -10,6 +10,7 @@ from qgraph.errors import CalibrationError
 from qgraph.observe import Observer
 from qgraph.passes.insert_fake_quant import InsertFakeQuant
 from qgraph.passes.insert_observers import InsertObservers
+from qgraph.passes.sink_constants import SinkConstants
 from qgraph.recipe import load_recipe
 from qgraph.testing import check, from_onnx, from_torch
 
@@ -47,6 +48,24 @@ def test_torch_observers_become_fake_quantize_with_what_they_saw() -> None:
     )
     assert gm.input_1_scale.item() == pytest.approx(3 / 255) and gm.input_1_zero_point.item() == 170
     assert torch.allclose(gm.weight_scale, torch.tensor([2 / 127, 4 / 127]))
+
+
+def test_a_module_that_reads_its_input_several_times_keeps_its_nodes_in_order() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = linear(), linear()
+
+        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            return self.a(x) + self.b(y), x
+
+    inputs = (X, X + 1)
+    gm, want = from_torch(Twice(), *inputs)
+    InsertObservers(load_recipe("w8a8"), PLACEMENT)(gm)
+    gm(*inputs)
+    InsertFakeQuant()(gm)
+    gm.graph.lint()
+    assert torch.allclose(gm(*inputs)[0], want[0], atol=0.1)
 
 
 def test_onnx_dynamic_activations_are_quantized_at_run_time_once_for_all_readers() -> None:
@@ -102,3 +121,27 @@ def test_no_observer_is_left() -> None:
     gm, _ = from_torch(linear(), X)
     InsertFakeQuant()(prepared(gm, "w8a8", X))
     assert not any(isinstance(m, Observer) for m in gm.modules())
+
+
+BRANCHES = """<ir_version: 9, opset_import: ["": 20]> g (float[2,3] x, bool c) => (float[2,2] y)
+    <float[3,2] t = {1, 2, 3, 4, 5, 6}, float[3,2] e = {6, 5, 4, 3, 2, 1}> {
+    [outer] h = MatMul (x, t)
+    y = If (c) <then_branch = then () => (float[2,2] a) { r = Relu (x) [inner] m = MatMul (r, e) a = Add (m, h) },
+                else_branch = other () => (float[2,2] b) { b = Neg (h) }> }"""
+
+
+def test_bodies_of_control_flow_outlive_their_observers() -> None:
+    gm, _ = from_onnx(BRANCHES, X, torch.tensor(True))
+    SinkConstants()(gm)
+    InsertObservers(load_recipe("w8a8"), PLACEMENT)(gm)
+    want = gm(X, torch.tensor(True))[0]
+    InsertFakeQuant()(gm)
+    torch.testing.assert_close(gm(X, torch.tensor(True))[0], want, rtol=0, atol=0.2)
+
+
+def test_values_of_a_branch_that_never_ran_are_named_with_a_rule_that_helps() -> None:
+    gm, _ = from_onnx(BRANCHES, X, torch.tensor(True))
+    SinkConstants()(gm)
+    InsertObservers(load_recipe("w8a8"), PLACEMENT)(gm)
+    with pytest.raises(CalibrationError, match=r"2 operands were never observed, the first is 'x' of 'outer'.* rules\.outer=null"):
+        InsertFakeQuant()(gm)
