@@ -206,3 +206,26 @@ def test_dynamic_dimensions_keep_their_names(tmp_path: Path) -> None:
     qgraph.quantize(module, batches(), example_inputs=example, dynamic_shapes=ROWS, output=tmp_path / "m.onnx")
     session = ort.InferenceSession(tmp_path / "m.onnx")
     assert [v.shape[0] for v in (*session.get_inputs(), *session.get_outputs())] == ["rows", "rows"]
+
+
+def test_a_relu_that_float_reads_does_not_take_the_linear_out_of_integers() -> None:
+    net = nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.LayerNorm(12)).eval()
+    x = torch.randn(9, 16, generator=torch.Generator().manual_seed(0))
+    quantized = qgraph.quantize(net, [x], example_inputs=(x,))
+    program = qgraph.lower(quantized, strict=True)
+    assert [k.fused for k in program.kernels()] == [True]
+    assert relative_error(first(program(x)), first(quantized(x))) < 1e-4
+
+
+def test_a_constant_with_more_axes_than_the_product_keeps_them() -> None:
+    """ONNX Runtime would take a [1, 1, N] constant for a bias and return two axes instead of three."""
+    rows = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["": 17]> g (float[M,16] x) => (float[1,M,3] y) { p = MatMul (x, w) y = Add (p, b) }'
+    )
+    rng = torch.Generator().manual_seed(0)
+    for name, shape in (("w", (16, 3)), ("b", (1, 1, 3))):
+        rows.graph.initializer.append(onnx.numpy_helper.from_array(torch.randn(shape, generator=rng).numpy(), name))
+    quantized = qgraph.quantize(rows, recipe="w8a8-dynamic")
+    program = qgraph.lower(quantized, strict=True)
+    assert first(program(X)).shape == first(quantized(X)).shape == (1, 12, 3)
+    assert relative_error(first(program(X)), first(quantized(X))) < 1e-4

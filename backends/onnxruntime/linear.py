@@ -20,7 +20,7 @@ from qgraph.backends.onnxruntime.packing import block_size, container_bits, matm
 from qgraph.backends.onnxruntime.sites import LinearSite, Weight, constant, dynamic_source, linear_rules, rank, static_source
 from qgraph.ops import Q, quantize_bias
 from qgraph.rewrite import Rewriter
-from qgraph.views import Elementwise, view
+from qgraph.views import Activation, Elementwise, const_value, view
 
 CHANNEL_BLOCK = 128
 """Block of a weight with one scale per channel: longer ones are faster, and 128 is the longest that every kernel takes."""
@@ -45,7 +45,16 @@ def dynamic_integer(s: LinearSite, rw: Rewriter) -> Node | None:
     bias = s.bias_value()
     if bias is not None:
         y = o("Add", y, o.const(bias.float(), "bias"), dtype="float32", like=s.root, since=7)
+    elif _adds_axes(s):
+        y = o("Max", y, o.const(torch.tensor(-torch.inf), "lowest"), dtype="float32", like=s.root, since=8)
     return o.cast(y, s.half) if s.half else y
+
+
+def _adds_axes(s: LinearSite) -> bool:
+    """A constant with more axes than x is added, such as [1, 1, N] on [M, K]: ONNX Runtime would fuse it as the bias and lose the axes."""
+    add = view(Elementwise, next(iter(s.node.users))) if len(s.node.users) == 1 else None
+    values = [const_value(v) for v in add.inputs] if add is not None and add.kind == "add" else []
+    return any(v is not None and v.dim() > (rank(s.v.x) or v.dim()) for v in values)
 
 
 def _quantized(o: Emitter, x: Node, *, half: str | None, known: tuple[Node, Node, Node | None]) -> tuple[Node, Node, Node | None]:
@@ -102,7 +111,8 @@ def static_bias(s: LinearSite, rw: Rewriter) -> Node | None:
 
     Case 1: x has two axes and the bias fits int32 at scale x_scale * w_scale: Gemm, which becomes QGemm.
     Case 2: MatMulIntegerToFloat with a float bias. (QDQ leaves a separate Add there, and for fixed shapes nothing is fused at all:
-    MatMul and Add turn into a float Gemm before the integer fusions run, also where Add is a residual one.)"""
+    MatMul and Add turn into a float Gemm before the integer fusions run, also where Add is a residual one; and so do Gemm and a Relu
+    that float reads.)"""
     x, w, bias = static_source(s.v.x), s.weight(), s.bias_value()
     if x is None or w is None or w.group or container_bits(w.dtype) != 8 or not s.plain:
         return None
@@ -110,7 +120,8 @@ def static_bias(s: LinearSite, rw: Rewriter) -> Node | None:
         return None
     x_scale = constant(x.scale, rw)
     two_axes = rank(s.v.x) == 2 or s.v.bias is not None  # a linear with a bias of its own is a Gemm
-    integer = quantize_bias(bias, x_scale, w.scale) if two_axes and bias is not None else "no int32 bias on two axes"
+    gemm = two_axes and bias is not None and not _is_rectified(s.root)
+    integer = quantize_bias(bias, x_scale, w.scale) if gemm and bias is not None else "no int32 bias on two axes"
     o = Emitter(rw, s.node)
     if isinstance(integer, torch.Tensor):
         scale = (x_scale.reshape(()).float() * w.per_channel.float()).contiguous()
@@ -125,6 +136,12 @@ def static_bias(s: LinearSite, rw: Rewriter) -> Node | None:
     elif w_zero is not None:
         operands.append(w_zero)
     return o("MatMulIntegerToFloat", *operands, dtype="float32", like=s.root, domain=MICROSOFT, main=True)
+
+
+def _is_rectified(node: Node) -> bool:
+    """Its one reader is a relu; one that saturation performs is gone by now."""
+    act = view(Activation, next(iter(node.users))) if len(node.users) == 1 else None
+    return act is not None and act.kind == "relu"
 
 
 def _is_summed(node: Node) -> bool:
