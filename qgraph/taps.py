@@ -128,7 +128,7 @@ def _load(model: ir.Model) -> ort.InferenceSession:
     # Fusions beyond BASIC would compute watched values differently, or not at all.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     # In graph order a reduction runs right behind its value; by default ONNX Runtime runs these leaves last and keeps everything
-    # until then (PP-OCR rec, 358 taps, batches of 8: peak 2.9 GB against 0.5). Arena and memory pattern keep blocks for every
+    # until then (a text recognizer, 358 taps, batches of 8: peak 2.9 GB against 0.5). Arena and memory pattern keep blocks for every
     # shape that was ever fed.
     options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     options.enable_cpu_mem_arena = False
