@@ -6,6 +6,7 @@ The module stays float: an observer is the identity. Formats of weights and of d
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,7 +17,7 @@ from qgraph.annotate import annotate, check_rules
 from qgraph.backend import Placement
 from qgraph.edit import Prologue, graph_modules
 from qgraph.errors import ModelError
-from qgraph.ledger import state
+from qgraph.ledger import Ledger, state
 from qgraph.observe import Observer, observer
 from qgraph.pipeline import EXACT, Context, Contract, Pass
 from qgraph.recipe import Recipe
@@ -56,8 +57,7 @@ class InsertObservers(Pass):
             part.recompile()
             count += len(found)
         if not count:
-            reasons = sorted({e.reason for e in ledger}) or ["it has no linear, convolution or embedding"]
-            raise ModelError(f"nothing to quantize in this model with recipe {self.recipe.name}: {'; '.join(reasons[:3])}")
+            raise ModelError(f"nothing to quantize in this model with recipe {self.recipe.name}: {'; '.join(_obstacles(gm, ledger))}")
         return count
 
     def observe(self, gm: GraphModule, prologue: Prologue, target: str, group: Group) -> None:
@@ -71,3 +71,11 @@ class InsertObservers(Pass):
             watched.meta.update({k: value.meta[k] for k in ("val", "type") if k in value.meta})
             for consumer in consumers:
                 consumer.replace_input_with(value, watched)
+
+
+def _obstacles(gm: GraphModule, ledger: Ledger) -> list[str]:
+    """Why nothing was quantized, the most frequent reasons first."""
+    found = [reason for reason, _ in Counter(e.reason for e in ledger).most_common(3)]
+    if getattr(gm.meta.get("onnx_model"), "functions", None):
+        found.append("the model's own functions are not looked into, inline them with onnx.inliner.inline_local_functions")
+    return found or ["it has no linear, convolution or embedding"]

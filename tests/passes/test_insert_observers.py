@@ -104,3 +104,15 @@ def test_declines_with_the_reasons_of_the_ledger() -> None:
     with pytest.raises(ModelError, match="rule '\\*' leaves it in float"):
         InsertObservers(load_recipe("w8a8", ["rules.*=null"]), PLACEMENT)(gm)
     assert len(state(gm).ledger) == 4
+
+
+def test_declines_a_model_whose_work_is_in_functions_and_says_how_to_inline_them() -> None:
+    source = """
+        <ir_version: 10, opset_import: ["": 17, "own": 1]>
+        g (float[2,3] x) => (float[2,2] y) <float[3,2] w = {1, -2, 3, -4, 5, -6}> { y = own.product (x, w) }
+        <domain: "own", opset_import: ["": 17]>
+        product (a, b) => (c) { c = MatMul (a, b) }
+    """
+    gm, _ = from_onnx(source, X)
+    with pytest.raises(ModelError, match="own functions are not looked into, inline them"):
+        STATIC(gm)
