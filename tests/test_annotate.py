@@ -14,7 +14,9 @@ from qgraph.backends.onnxruntime.placement import PLACEMENT
 from qgraph.errors import RecipeError
 from qgraph.ledger import Ledger
 from qgraph.recipe import Int, Recipe, load_recipe
+from qgraph.regions import Regions
 from qgraph.testing import from_onnx, from_torch
+from qgraph.types import QSpec
 from qgraph.views import Concat
 
 IMAGE = torch.linspace(-1, 1, 2 * 3 * 8 * 8).view(2, 3, 8, 8)
@@ -110,14 +112,13 @@ def test_the_result_does_not_depend_on_the_order_of_independent_nodes() -> None:
     assert sorted(map(len, values(forward))) == sorted(map(len, values(backward)))
 
 
-def test_integer_values_never_enter_an_integer_region() -> None:
-    def index(m: Any, x: Tensor) -> Tensor:
-        y = m.a(x)
-        picked = torch.arange(2) + torch.tensor([0, 1])
-        return m.c(y[picked % 2])
-
-    found, _ = solve(index)
-    assert all("add" not in group and "arange" not in group for group in values(found))
+def test_integer_values_are_no_candidates_for_an_integer_region() -> None:
+    gm, _ = from_torch(Net(lambda m, x: m.a(x) + m.b(x) * (torch.arange(8) + torch.arange(8))), IMAGE)
+    spec = QSpec("uint8", False)
+    regions = Regions(gm, PLACEMENT, {}, frozenset(), spec, lambda node: False)
+    sums = {n.name: n.meta["val"].dtype for n in gm.graph.nodes if n.target is torch.ops.aten.add.Tensor}
+    assert sorted(map(str, sums.values())) == ["torch.float32", "torch.int64"]
+    assert [sums[n.name] for n in regions.candidates if n.name in sums] == [torch.float32]
 
 
 def test_a_linear_has_a_quantized_output_only_for_integer_readers() -> None:

@@ -23,6 +23,7 @@ from qgraph.backends.onnxruntime.shield import ShieldFloat
 from qgraph.backends.onnxruntime.sites import constant, is_integer_site, static_source
 from qgraph.backends.onnxruntime.standard import leftovers, lower_rules
 from qgraph.errors import LoweringError
+from qgraph.ledger import Entry, state
 from qgraph.ops import Q, quantize_bias
 from qgraph.passes.absorb_activation import AbsorbActivation
 from qgraph.passes.fold_pad import FoldPad
@@ -30,8 +31,8 @@ from qgraph.pattern import Const, Match, Op, Opt, Var
 from qgraph.pipeline import EQUIVALENT, EXACT, Context, Contract, Pass
 from qgraph.qparams import BIAS_LIMIT
 from qgraph.rewrite import Rewriter, erase, graph_modules, rule
-from qgraph.text import where
-from qgraph.views import Conv, Dequantize, Linear, Quantize, const_value, view
+from qgraph.text import path_of, where
+from qgraph.views import Conv, Dequantize, Linear, Quantize, const_value, key, view
 
 
 @dataclass(frozen=True)
@@ -133,14 +134,18 @@ def _with_integer_bias(m: Match, rw: Rewriter, *, out_axis: int) -> Node | None:
     q, scale, x_scale, bias = constant(w.q, rw), constant(w.scale, rw), constant(x.scale, rw), constant(m.bias, rw)
     if bias.dtype != torch.float32 or bias.shape != (q.shape[out_axis],):
         return None
-    o, weight = Emitter(rw), m.w
+    o, weight, reason = Emitter(rw), m.w, "scale derived: x_scale * w_scale"
     found = quantize_bias(bias, x_scale, scale)
     if not isinstance(found, torch.Tensor):
+        reason = f"{found}: the weights of such channels are stored in coarser steps"
         q, scale = coarser(q, scale, bias, x_scale, out_axis)
         found = quantize_bias(bias, x_scale, scale)
         if w.zero_point is not None and bool(constant(w.zero_point, rw).any()) or not isinstance(found, torch.Tensor):
             rw.decline(f"{found}; give the layer a symmetric weight, or keep it in float by a rule")
         weight = rw.call(Q.dequantize.default, o.const(q, "weight"), o.const(scale, "scale"), None, w.dtype, out_axis, 0, like=m.w)
+    if "qgraph" in rw.gm.meta:  # nested bodies have no ledger of their own
+        kind = str(key(m.root.target)).removeprefix("::")
+        state(rw.gm).ledger.record(Entry(path_of(m.root), kind, "bias", "int32", QuantizeBiases.name, reason))
     steps = (x_scale.reshape(()).float() * scale.reshape(-1).float()).expand(bias.shape).contiguous()
     b = o("DequantizeLinear", o.const(found, "bias"), o.const(steps, "bias_scale"), dtype="float32", since=13, axis=0)
     changed = {m.bias: b, m.w: weight}

@@ -323,7 +323,10 @@ def test_a_bias_too_large_for_int32_is_computed_right(op):
     quantize_static(gm, node_of(gm, op), -2.0, 100.0)
     quantize_static(gm, placeholder(gm), -2.0, 3.0)
     x = torch.randn(2, 6, 5, 5) if op == "Conv" else torch.randn(9, 6)
-    assert became(both(ready(gm), x, tol=102 / 255 + 1e-3)) == ["QLinearConv" if op == "Conv" else "MatMulIntegerToFloat"]
+    program = both(ready(gm), x, tol=102 / 255 + 1e-3)
+    assert became(program) == ["QLinearConv" if op == "Conv" else "MatMulIntegerToFloat"]
+    biases = [e for e in program.gm.meta["qgraph"].ledger if e.role == "bias"]
+    assert [("coarser" in e.reason, e.decision) for e in biases] == ([(True, "int32")] if op == "Conv" else [])
 
 
 def test_conv_transpose_weights_are_stored_as_integers_and_folded():
