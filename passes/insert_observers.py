@@ -57,8 +57,15 @@ class InsertObservers(Pass):
             part.recompile()
             count += len(found)
         if not count:
-            raise ModelError(f"nothing to quantize in this model with recipe {self.recipe.name}: {'; '.join(_obstacles(gm, ledger))}")
+            raise _nothing(gm, self.recipe, ledger)
         return count
+
+    def check(self, gm: GraphModule) -> None:
+        """Raises what `run` would raise, without changing the graph: for recipes whose stages need data first."""
+        modules, scratch = list(graph_modules(gm)), Ledger()
+        check_rules(modules, self.recipe)
+        if not sum(len(annotate(part, self.recipe, self.placement, scratch)) for part in modules):
+            raise _nothing(gm, self.recipe, scratch)
 
     def observe(self, gm: GraphModule, prologue: Prologue, target: str, group: Group) -> None:
         """One observer, called once for each value of the group, between the value and those that read it quantized."""
@@ -71,6 +78,10 @@ class InsertObservers(Pass):
             watched.meta.update({k: value.meta[k] for k in ("val", "type") if k in value.meta})
             for consumer in consumers:
                 consumer.replace_input_with(value, watched)
+
+
+def _nothing(gm: GraphModule, recipe: Recipe, ledger: Ledger) -> ModelError:
+    return ModelError(f"nothing to quantize in this model with recipe {recipe.name}: {'; '.join(_obstacles(gm, ledger))}")
 
 
 def _obstacles(gm: GraphModule, ledger: Ledger) -> list[str]:

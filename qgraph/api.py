@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from qgraph.backend import Backend, Program, get_backend
 from qgraph.calibrate import calibrate
 from qgraph.capture import capture
 from qgraph.edit import copy_graph, graph_modules
-from qgraph.errors import CalibrationError, ModelError
+from qgraph.errors import CalibrationError, ModelError, RecipeError
 from qgraph.ledger import Stage, state
 from qgraph.onnx_io import from_onnx
 from qgraph.onnx_ops import OnnxOp
@@ -28,6 +29,7 @@ from qgraph.passes import (
     InferTypes,
     InsertFakeQuant,
     InsertObservers,
+    MergeEqual,
     RemoveDead,
     SinkConstants,
 )
@@ -45,7 +47,7 @@ QUANTIZED_OPS = frozenset(
 )
 """ONNX operations that only quantized models have."""
 
-PREPARE: tuple[Pass, ...] = (InferTypes(), SinkConstants(), Canonicalize(), FoldConstants(), FoldBatchNorm(), RemoveDead())
+PREPARE: tuple[Pass, ...] = (InferTypes(), SinkConstants(), Canonicalize(), FoldConstants(), FoldBatchNorm(), MergeEqual(), RemoveDead())
 """What every model goes through before it is annotated; none of them changes numbers beyond float rounding."""
 
 
@@ -80,16 +82,26 @@ def prepare(
     target = get_backend(backend)
     gm = as_graph(model, example_inputs, dynamic_shapes=dynamic_shapes)
     _check_float(gm)
-    _run(gm, *PREPARE, *recipe.stages, InsertObservers(recipe, target.placement), verify=verify)
+    observe = InsertObservers(recipe, target.placement)
+    stages = _in_order(recipe.stages, observe)
+    waiting = next((i for i, p in enumerate(stages) if p.needs_data or p.at == "quantized"), len(stages))
+    _run(gm, *PREPARE, *stages[:waiting], verify=verify)
+    state(gm).pending = stages[waiting:]
+    if observe in state(gm).pending:
+        observe.check(gm)
     return _at(gm, "prepared", recipe)
 
 
 def convert(prepared: GraphModule, *, verify: Verify | None = None) -> GraphModule:
     """The prepared graph with integer weights and quantize/dequantize nodes, callable in torch: the reference of every backend.
 
-    `prepared` keeps its observers. Raises CalibrationError when an observer has seen no data, ModelError for a graph not prepared."""
+    `prepared` keeps its observers. Raises CalibrationError when an observer has seen no data or stages of the recipe have not run,
+    ModelError for a graph not prepared."""
     if state(prepared).stage not in ("prepared", "calibrated"):
         raise ModelError(f"convert takes a prepared graph, this one is {state(prepared).stage}: call qgraph.prepare first")
+    if waiting := state(prepared).pending:
+        names = ", ".join(p.name for p in waiting if not isinstance(p, InsertObservers))
+        raise CalibrationError(f"stages of the recipe have not run yet ({names}): call qgraph.calibrate(prepared, batches) first")
     gm = copy_graph(prepared)
     _run(gm, InsertFakeQuant(), FoldFakeQuant(), RemoveDead(), verify=verify)
     return _at(gm, "converted")
@@ -126,17 +138,27 @@ def quantize(
 ) -> GraphModule:
     """prepare, calibrate and convert in one call, and export when `output` is a path. Returns the quantized graph.
 
-    `batches` is needed by static recipes only. Raises what those functions raise."""
+    `batches` is needed by recipes with static ranges or with stages that look at data. Raises what those functions raise."""
     recipe = load_recipe(recipe)
+    if recipe.needs_data and batches is None:
+        asks = next((f"stage {p.name} of recipe {recipe.name}" for p in recipe.stages if p.needs_data), f"recipe {recipe.name}")
+        raise CalibrationError(f"{asks} needs calibration data: give batches, or take a recipe without it, such as w8a8-dynamic")
     prepared = prepare(model, example_inputs, recipe=recipe, backend=backend, dynamic_shapes=dynamic_shapes, verify=verify)
-    if recipe.static:
-        if batches is None:
-            raise CalibrationError(f"recipe {recipe.name} needs calibration data: give batches, or take {recipe.name}-dynamic")
-        calibrate(prepared, batches)
+    calibrate(prepared, batches, verify=verify)
     quantized = convert(prepared, verify=verify)
     if output is not None:
         export(quantized, output, backend=backend)
     return quantized
+
+
+def _in_order(stages: tuple[Pass, ...], observe: InsertObservers) -> tuple[Pass, ...]:
+    """The recipe's stages in its order, around the observers: of the float graph, of the observed one, of the quantized one."""
+    order = ("float", "observed", "quantized")
+    for a, b in pairwise(stages):
+        if order.index(a.at) > order.index(b.at):
+            raise RecipeError(f"stage {b.name} runs on the {b.at} graph, so it cannot come after {a.name}, which runs on the {a.at} one")
+    first, *rest = ([p for p in stages if p.at == at] for at in order)
+    return (*first, observe, *(p for part in rest for p in part))
 
 
 def _check_float(gm: GraphModule) -> None:

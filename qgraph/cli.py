@@ -139,15 +139,12 @@ def _load(source: str) -> tuple[Any, tuple[Any, ...] | None, Any]:
 
 
 def _calibrate(prepared: Any, recipe: Recipe, path: str | None, batch: int) -> None:
-    if not recipe.static:
-        return
-    if path is None:
-        raise RecipeError(
-            f"recipe {recipe.name} takes activation ranges from data: give --calibration, or use a dynamic recipe such as w8a8-dynamic"
-        )
+    if recipe.needs_data and path is None:
+        raise RecipeError(f"recipe {recipe.name} looks at data: give --calibration, or use a recipe without it, such as w8a8-dynamic")
     from qgraph.feeds import inputs_of
 
-    qgraph.calibrate(prepared, qgraph.load_batches(path, batch, [i.name for i in inputs_of(prepared)]))
+    batches = None if path is None else qgraph.load_batches(path, batch, [i.name for i in inputs_of(prepared)])
+    qgraph.calibrate(prepared, batches)
 
 
 def _report(source: str, output: Path, recipe: Recipe, ledger: Any, kernels: list[Kernel]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch.fx import GraphModule
 
 if TYPE_CHECKING:
+    from qgraph.pipeline import Pass
     from qgraph.recipe import Recipe
 
 FLOAT = "float"
@@ -90,7 +91,8 @@ class State:
 
     `example_inputs` are positional example tensors in placeholder order (None for graphs read from ONNX); `dynamic_shapes`
     is torch.export's form; names are in the order of the flat inputs and outputs; `dim_names` gives the name of a symbol in the types
-    ("s77" -> "batch"); `tied` lists the module paths of every tensor that has several; `promises` is filled by a backend."""
+    ("s77" -> "batch"); `tied` lists the module paths of every tensor that has several; `pending` are the passes of the recipe that
+    wait for `calibrate`, in order."""
 
     source: Literal["torch", "onnx"]
     example_inputs: tuple[Any, ...] | None = None
@@ -102,6 +104,7 @@ class State:
     stage: Stage = "captured"
     dim_names: dict[str, str] = field(default_factory=dict)
     tied: tuple[tuple[str, ...], ...] = ()
+    pending: tuple[Pass, ...] = ()
 
     def copy(self) -> State:
         """A State with a ledger of its own."""

@@ -19,9 +19,10 @@ from qgraph.errors import CalibrationError, RecipeError, nearest
 from qgraph.qparams import choose_qparams, minmax
 from qgraph.ranges import Choice, Histogram, MinMax, MovingAverage, Percentile, Range, Statistic, bounds
 from qgraph.types import PerAxis, PerTensor, QSpec
+from qgraph.watch import Watch
 
 
-class Observer(torch.nn.Module):
+class Observer(Watch):
     """y = x, watching x.
 
     `spec` says how the value will be represented, `statistic` what is collected, `choose` how a range is read off it,
@@ -39,10 +40,6 @@ class Observer(torch.nn.Module):
         self.spec, self.statistic, self.choose, self.name = spec, statistic, choose, name
         self._empty = statistic
         self.frozen, self.seen, self.infinite, self.dtype = False, 0, 0, torch.float32
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.update(x)
-        return x
 
     def update(self, x: Tensor) -> None:
         """Adds a tensor. Integers and empty tensors say nothing about ranges; float16, bfloat16, float64 are read as float32.
@@ -107,10 +104,6 @@ class Observer(torch.nn.Module):
         """Whether tensors themselves are needed, or per-tensor bounds are enough (see `update_bounds`)."""
         return self.statistic.values or self.spec.axis is not None
 
-    def freeze(self, frozen: bool = True) -> None:
-        """Stops updating (or goes on); the module stays an identity."""
-        self.frozen = frozen
-
     def reset(self) -> None:
         """Forgets what was seen."""
         self.statistic, self.seen, self.infinite = self._empty, 0, 0
@@ -150,7 +143,7 @@ class Observer(torch.nn.Module):
 @contextmanager
 def paused(gm: torch.nn.Module) -> Iterator[None]:
     """Inside, the observers of `gm` are identities only: for running a prepared graph on anything but calibration data."""
-    running = [m for m in gm.modules() if isinstance(m, Observer) and not m.frozen]
+    running = [m for m in gm.modules() if isinstance(m, Watch) and not m.frozen]
     for m in running:
         m.freeze()
     try:

@@ -34,11 +34,14 @@ Verify = Literal["structure", "numerics"]
 class Context:
     """What a run of a pipeline carries along.
 
-    `samples` are input tuples on which verify="numerics" runs the graph; with `record` each step keeps its graphs, to print them later;
-    `declines` and `steps` grow as the run goes on."""
+    `samples` are input tuples on which verify="numerics" runs the graph; `data` are calibration batches, which can be gone through
+    several times (None: there are none; see `collect.collect`); with `record` each step keeps its graphs, to print them later;
+    `progress` is that of `calibrate`; `declines` and `steps` grow as the run goes on."""
 
     samples: Sequence[tuple[Any, ...]] = ()
+    data: Iterable[Any] | None = None
     record: bool = False
+    progress: bool | None = None
     declines: list[Decline] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
 
@@ -82,10 +85,15 @@ class Step:
 class Pass(PassBase):
     """A frozen dataclass whose fields are its options; `run` changes the graph in place and returns the number of changes.
 
-    `name` defaults to the class name in snake case. Called with a GraphModule it works alone and in torch's PassManager."""
+    `name` defaults to the class name in snake case. Called with a GraphModule it works alone and in torch's PassManager.
+
+    As a stage of a recipe a pass runs `at` the float graph, before it is annotated; at the observed one, before data reaches the observers;
+    or at the quantized one, when observers have become fake_quantize. `needs_data`: it reads the context's data, so it waits for `calibrate`."""
 
     name: ClassVar[str]
     contract: ClassVar[Contract] = EXACT
+    at: ClassVar[Literal["float", "observed", "quantized"]] = "float"
+    needs_data: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         if "name" not in cls.__dict__:

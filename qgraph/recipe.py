@@ -3,12 +3,15 @@
     NAME   = SCHEME { "+" STAGE }
     SCHEME = "w" BITS "a" BITS ["kv" BITS] { "-dynamic" | "-token" | "-g" SIZE | "-sym" | "-asym" | "-tensor" }
 
-16 bits mean "stays float". What a backend makes of a recipe (which edges, which layout) is decided by `annotate`.
+16 and 32 bits mean "stays float". "-asym" behind "-token" is about the activations: integer kernels take symmetric weights. Names in
+`ALIASES` stand for several fields. What a backend makes of a recipe (which edges, which layout) is decided by `annotate`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -74,20 +77,24 @@ class Int:
         return self._spec(PerTensor(), symmetric=bool(self.symmetric), dynamic=self.dynamic)
 
 
-STAGES: dict[str, Callable[[], Pass]] = {}
-"""Stage name in a recipe -> factory of a pass that rewrites the float graph before it is annotated (filled by `register_stage`)."""
+STAGES: dict[str, str | Callable[..., Pass]] = {}
+"""Stage name in a recipe -> factory of a pass whose keywords are its options, or "module:factory" that is imported when first asked for."""
 
 
-def register_stage(name: str, factory: Callable[[], Pass]) -> None:
-    """Make `+name` usable in recipe names and in the `stages` of YAML files."""
+def register_stage(name: str, factory: Callable[..., Pass]) -> None:
+    """Make `+name` usable in recipe names and in the `stages` of YAML files. See `Pass` for where a stage runs."""
     STAGES[name] = factory
+
+
+ALIASES: dict[str, Mapping[str, Any]] = {}
+"""Names of whole methods -> the fields of their recipe, in the form of a YAML file."""
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What is wanted, for every backend.
 
-    `stages` are passes that run in order on the float graph, before it is annotated.
+    `stages` are passes that run in order, each on the float, the observed or the quantized graph (see `Pass`).
     `rules` maps a glob over module paths and ONNX node names to None (stays float) or to a mapping with `weights` and
     `activations` that replace the recipe's own; the last rule that matches wins. `observer` names an entry of
     `qgraph.observe.OBSERVERS`, `observer_options` its arguments. `embeddings` is the format of embedding tables (None: float)."""
@@ -114,6 +121,14 @@ class Recipe:
         formats = [self.activations, *((rule or {}).get("activations") for rule in self.rules.values())]
         return any(f is not None and not f.activation_spec().dynamic for f in formats)
 
+    @property
+    def needs_data(self) -> bool:
+        """True when calibration data is needed, for ranges or for a stage."""
+        return self.static or any(p.needs_data for p in self.stages)
+
+
+FLOAT_BITS = 16
+"""How a recipe's name says "not quantized"."""
 
 _SCHEME = re.compile(r"w(\d+)a(\d+)(?:kv(\d+))?((?:-[a-z0-9]+)*)")
 _SUFFIXES = ("dynamic", "token", "g<SIZE>", "sym", "asym", "tensor")
@@ -128,17 +143,22 @@ EMBEDDINGS = Int(8, group=128, symmetric=True)
 def named(name: str) -> Recipe:
     """The recipe of a NAME (see the module's grammar). Raises RecipeError for one that has no meaning."""
     scheme, *stages = name.split("+")
+    if scheme in ALIASES:
+        found = from_dict({**ALIASES[scheme], "name": name})
+        return dataclasses.replace(found, stages=(*found.stages, *map(_stage, stages)))
     m = _SCHEME.fullmatch(scheme)
     if not m:
-        raise RecipeError(f"unknown recipe {name!r}{nearest(name, NAMES)}")
-    w, a, kv = (int(x or 16) for x in m.groups()[:3])
+        raise RecipeError(f"unknown recipe {name!r}{nearest(name, (*NAMES, *ALIASES))}")
+    w, a, kv = (FLOAT_BITS if bits == 32 else bits for bits in (int(x or FLOAT_BITS) for x in m.groups()[:3]))
     options = _suffixes(name, m[4])
     symmetric, group, per = options.get("symmetric"), options.get("group"), options.get("per")
-    weights = None if w == 16 else Int(w, group=group, symmetric=symmetric, per=per)
+    if options.get("token") and group is None:
+        symmetric = None
+    weights = None if w == FLOAT_BITS else Int(w, group=group, symmetric=symmetric, per=per)
     return Recipe(
         weights=weights,
-        activations=None if a == 16 else _activations(a, group, options),
-        kv_cache=None if kv == 16 else Int(kv),
+        activations=None if a == FLOAT_BITS else _activations(a, group, options),
+        kv_cache=None if kv == FLOAT_BITS else Int(kv),
         embeddings=None if weights is None else EMBEDDINGS,
         stages=tuple(_stage(s) for s in stages),
         name=name,
@@ -163,18 +183,39 @@ def _suffixes(name: str, text: str) -> dict[str, Any]:
 
 def _activations(bits: int, group: int | None, options: Mapping[str, Any]) -> Int:
     """Case 1: group-wise weights: int8 rows per weight block, as integer kernels of such weights compute (ORT.md, accuracy level 4).
-    Case 2: per token. Case 3: one unsigned asymmetric range per tensor, static or dynamic."""
+    Case 2: per token, int8 or asymmetric uint8. Case 3: one unsigned asymmetric range per tensor, static or dynamic."""
     if group is not None:
         return Int(bits, group=group, symmetric=True, dynamic=True)
     if options.get("token"):
-        return Int(bits, per="token", symmetric=True, dynamic=True)
+        symmetric = options.get("symmetric") is not False
+        return Int(bits, per="token", symmetric=symmetric, unsigned=not symmetric, dynamic=True)
     return Int(bits, per="tensor", symmetric=False, unsigned=True, dynamic=bool(options.get("dynamic")))
 
 
-def _stage(name: str) -> Pass:
+def _stage(name: str, options: Mapping[str, Any] | None = None) -> Pass:
     if name not in STAGES:
-        raise RecipeError(f"unknown stage +{name}{nearest(name, STAGES) or '; none is registered (see qgraph.register_stage)'}")
-    return STAGES[name]()
+        known_stages = ", ".join(STAGES) or "none (see qgraph.register_stage)"
+        raise RecipeError(f"unknown stage +{name}{nearest(name, STAGES) or f'; known: {known_stages}'}")
+    factory = STAGES[name]
+    if isinstance(factory, str):
+        module, _, attribute = factory.partition(":")
+        factory = getattr(importlib.import_module(module), attribute)
+    known = inspect.signature(factory).parameters
+    for option in options or {}:
+        if option not in known:
+            raise RecipeError(f"stage {name} has no option {option!r}{nearest(str(option), known)}")
+    return factory(**options or {})
+
+
+def _stages(value: Any) -> tuple[Pass, ...]:
+    """["smoothquant", {"smoothquant": {"alpha": 0.4}}, a pass]"""
+    found = []
+    for s in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(s, Mapping):
+            found += [_stage(str(name), _mapping(options or {}, f"stage {name}")) for name, options in s.items()]
+        else:
+            found.append(_stage(s) if isinstance(s, str) else s)
+    return tuple(found)
 
 
 def load_recipe(source: str | Path | Recipe, overrides: Iterable[str] = ()) -> Recipe:
@@ -231,7 +272,7 @@ def from_dict(data: Mapping[str, Any], *, base: Recipe | None = None) -> Recipe:
         elif name == "observer_options":
             value = {**(old or {}), **_mapping(value, name)}
         elif name == "stages":
-            value = tuple(_stage(s) if isinstance(s, str) else s for s in value)
+            value = _stages(value)
         values[name] = value
     return dataclasses.replace(base, **values) if base else Recipe(**values)
 

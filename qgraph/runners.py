@@ -13,10 +13,10 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from qgraph.errors import CalibrationError, LoweringError, QGraphError
 from qgraph.feeds import inputs_of
-from qgraph.observe import Observer
 from qgraph.taps import ORT_ERRORS, Tap, open_session
 from qgraph.text import where
 from qgraph.types import type_of
+from qgraph.watch import Watch
 
 
 class Runner(Protocol):
@@ -66,10 +66,10 @@ def has_nested_observers(gm: GraphModule) -> bool:
     return any(True for body in bodies for _ in observed(body))
 
 
-def observed(gm: GraphModule) -> Iterator[tuple[Node, Node, Observer]]:
+def observed(gm: GraphModule) -> Iterator[tuple[Node, Node, Watch]]:
     """(observer node, the value it watches, the observer) of this graph, without its bodies."""
     for node in gm.graph.nodes:
-        if node.op == "call_module" and isinstance(found := gm.get_submodule(str(node.target)), Observer):
+        if node.op == "call_module" and isinstance(found := gm.get_submodule(str(node.target)), Watch):
             value = node.args[0]
             assert isinstance(value, Node)
             yield node, value, found
@@ -91,7 +91,7 @@ class OrtRunner:
             raise LoweringError("observers inside control-flow or function bodies cannot be outputs of an ONNX Runtime session")
         if any(i.type is not None and i.type.dtype == "bfloat16" for i in inputs_of(gm)):
             raise LoweringError("numpy, through which ONNX Runtime is fed, has no bfloat16")
-        values: dict[Node, list[Observer]] = {}
+        values: dict[Node, list[Watch]] = {}
         for _, value, found in observed(gm):
             values.setdefault(value, []).append(found)
         self._gm = gm
@@ -124,7 +124,7 @@ class OrtRunner:
             raise CalibrationError(f"ONNX Runtime does not run the model on this batch: {_first_line(e)}") from e
 
 
-def _tap(number: int, value: Node, found: Sequence[Observer]) -> Tap:
+def _tap(number: int, value: Node, found: Sequence[Watch]) -> Tap:
     known = type_of(value)
     dtype = known.dtype if known is not None else None
     reduced = known is not None and known.is_float and not any(o.wants_values for o in found)

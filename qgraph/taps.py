@@ -15,9 +15,9 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from torch.fx import Graph, GraphModule, Node
 
 from qgraph.errors import LoweringError, ModelError
-from qgraph.observe import Observer
 from qgraph.onnx_io import to_onnx
 from qgraph.onnx_ops import op
+from qgraph.watch import Watch
 
 ORT_ERRORS: tuple[type[Exception], ...] = tuple(
     getattr(ort_errors, name)
@@ -36,7 +36,7 @@ class Tap:
 
     value: Node
     name: str
-    observers: tuple[Observer, ...]
+    observers: tuple[Watch, ...]
     dtype: str | None
     reduced: bool
 
@@ -66,7 +66,7 @@ def _marked(gm: GraphModule, taps: Sequence[Tap]) -> GraphModule:
     numbers = {tap.value: i for i, tap in enumerate(taps)}
     graph, new = Graph(), dict[Node, Any]()
     for node in gm.graph.nodes:
-        if node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), Observer):
+        if node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), Watch):
             new[node] = new[node.args[0]]
             continue
         new[node] = graph.node_copy(node, new.__getitem__)
@@ -76,7 +76,7 @@ def _marked(gm: GraphModule, taps: Sequence[Tap]) -> GraphModule:
     copy = GraphModule(gm, graph)
     copy.meta = dict(gm.meta)
     for name, child in gm.named_children():
-        if name not in copy._modules and not isinstance(child, Observer):
+        if name not in copy._modules and not isinstance(child, Watch):
             copy.add_module(name, child)  # functions that nothing calls are written all the same
     return copy
 

@@ -101,7 +101,7 @@ def test_a_rule_keeps_an_operation_in_float_and_says_so() -> None:
 
 
 def test_a_static_recipe_without_data_names_the_way_out() -> None:
-    with pytest.raises(qgraph.CalibrationError, match="needs calibration data: give batches, or take w8a8-dynamic"):
+    with pytest.raises(qgraph.CalibrationError, match="needs calibration data: give batches, or take a recipe without it, such as w8a8-dynamic"):
         qgraph.quantize(mlp_proto(), recipe="w8a8")
 
 
