@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
+from qgraph.edit import has_writes
 from qgraph.onnx_data_views import is_inference_dropout
 from qgraph.onnx_ops import OnnxOp
 from qgraph.passes.fold_pad import RULES as FOLD_PAD
@@ -28,17 +29,13 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Canonicalize(Pass):
-    """Changes numbers by rounding at most. In a graph with in-place ops copies stay: something may write to one of the two."""
+    """Changes numbers by rounding at most. In a graph with in-place ops copies and chains stay: something may write to a value in between."""
 
     contract: ClassVar[Contract] = EQUIVALENT(1e-5)
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
-        writes = any(_writes(n) for body in graph_modules(gm) for n in body.graph.nodes)
-        return ctx.apply(gm, RULES if writes else COPIES + RULES)
-
-
-def _writes(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+        writes = any(has_writes(body) for body in graph_modules(gm))
+        return ctx.apply(gm, RULES if writes else COPIES + RULES + RECOMPOSE)
 
 
 def _node(value: Any) -> Node | None:
@@ -173,5 +170,4 @@ COPIES = (drop_copy, loosen_view, drop_dropout, drop_dropout_with_mask, drop_cas
 RULES = (
     *(store_constant, drop_movement, drop_pad, drop_neutral, join_transposes, join_reshapes, join_views),
     *FOLD_PAD,
-    *RECOMPOSE,
 )

@@ -25,6 +25,7 @@ from qgraph.rewrite import Rewriter, rule
 from qgraph.slots import with_operands
 from qgraph.types import type_of
 from qgraph.views import Activation, BatchNorm, Conv, Elementwise, Linear, const_value, is_const, view, view_any
+from qgraph.weights import Weight
 
 
 @dataclass(frozen=True)
@@ -105,45 +106,33 @@ class Layer:
         self.node, self.rw = node, rw
         self.view: Conv | Linear = view_any((Conv, Linear), node)
         self.weight = _value(self.view.weight)
+        self.channels = Weight(self.view, self.weight)
         spatial = self.weight.ndim - 2
         if isinstance(self.view, Conv):
-            self.groups, self.alpha, self.beta = self.view.groups, 1.0, 1.0
+            self.alpha, self.beta = 1.0, 1.0
             self.rank, self.output_axis, self.input_axis = spatial + 2, -spatial - 1, -spatial - 1
         else:
             if spatial:
                 rw.decline(f"the weight has {spatial} batch axes")
-            self.groups, self.alpha, self.beta = 1, self.view.alpha, self.view.beta
+            self.alpha, self.beta = self.view.alpha, self.view.beta
             kind = type_of(self.view.x)
             self.rank, self.output_axis, self.input_axis = (kind and kind.rank) or 1, -1, self.view.x_axis
 
     @property
     def outputs(self) -> int:
-        across = self.groups if isinstance(self.view, Conv) and self.view.transposed else 1
-        return int(self.weight.shape[self.view.out_axis]) * across
+        return self.channels.outputs
 
     @property
     def inputs(self) -> int:
-        across = 1 if isinstance(self.view, Conv) and self.view.transposed else self.groups
-        return int(self.weight.shape[self.view.in_axis]) * across
-
-    def along(self, values: Tensor, axis: int) -> Tensor:
-        """One value per input or output channel, shaped to multiply the weight with its leading axis split into groups."""
-        shape = [1] * (self.weight.ndim + 1)
-        if values.numel() > 1:
-            shape[0], shape[axis] = self.groups, values.numel() // self.groups
-        return values.reshape(shape)
+        return self.channels.inputs
 
     def scaled(self, values: Tensor, axis: int) -> Tensor:
         """The weight in float64 times a value per channel of its `axis`, and of every group."""
-        split = self.weight.double().unflatten(0, (self.groups, -1))
-        found: Tensor = split * self.along(values, axis)
-        return found.reshape(self.weight.shape)
+        return self.channels.scaled(values, axis)
 
     def response(self, shift: Tensor) -> Tensor:
         """What the layer without bias gives, on each output channel, for an input that is `shift` everywhere."""
-        moved = self.scaled(shift, self.view.in_axis)
-        over = [a for a in range(-moved.ndim, 0) if a != self.view.out_axis]
-        return moved.sum(over) * self.alpha
+        return self.channels.response(shift) * self.alpha
 
     def bias(self) -> Tensor:
         """The bias in float64, one element or one per output."""

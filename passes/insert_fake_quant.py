@@ -7,7 +7,8 @@ dequantize(dynamic_quantize(x)). From here a model can be trained (QAT) or folde
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +16,7 @@ from torch.fx import GraphModule, Node
 
 from qgraph.edit import Prologue, add_constant, graph_modules
 from qgraph.errors import CalibrationError
+from qgraph.ledger import state
 from qgraph.observe import Observer, range_of
 from qgraph.ops import choose_qparams
 from qgraph.passes.insert_observers import QUANTIZE
@@ -30,14 +32,25 @@ Names = tuple[str, str | None]
 
 @dataclass(frozen=True)
 class InsertFakeQuant(Pass):
-    """Raises CalibrationError for an observer that has seen no data."""
+    """Ranges of weights are chosen from their values as the observer of the kind `weight_range`, with `options`, chooses.
+
+    Raises CalibrationError for an observer that has seen no data, and for a weight that is not finite."""
 
     name: ClassVar[str] = "insert_fake_quant"
     contract: ClassVar[Contract] = LOSSY
 
+    weight_range: str = "minmax"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, gm: GraphModule) -> InsertFakeQuant:
+        """The pass that the recipe of a prepared graph asks for."""
+        recipe = state(gm).recipe
+        return cls() if recipe is None else cls(recipe.weight_range, recipe.weight_range_options)
+
     def run(self, gm: GraphModule, ctx: Context) -> int:
         _require_data(gm)
-        return sum(_Insert(part).run() for part in graph_modules(gm))
+        return sum(_Insert(part, self).run() for part in graph_modules(gm))
 
 
 def _require_data(gm: GraphModule) -> None:
@@ -61,8 +74,8 @@ def _require_data(gm: GraphModule) -> None:
 class _Insert:
     """One graph. A constant, or a value, that several consumers read in the same format is quantized once."""
 
-    def __init__(self, gm: GraphModule) -> None:
-        self.gm, self.prologue = gm, Prologue(gm)
+    def __init__(self, gm: GraphModule, wanted: InsertFakeQuant) -> None:
+        self.gm, self.prologue, self.wanted = gm, Prologue(gm), wanted
         self.weights: dict[tuple[str, QSpec], Node] = {}
         self.dynamic: dict[tuple[Node, QSpec], Node] = {}
         self.scales: dict[str, Names] = {}
@@ -102,7 +115,8 @@ class _Insert:
             tensor = const_value(value)
             if tensor is None:
                 raise AssertionError(f"annotate gave a weight format to {path_of(value)}, which is no constant")
-            scale, zero_point = choose_qparams(*range_of(tensor, spec, name=path_of(value)), spec, dtype=tensor.dtype)
+            low, high = range_of(tensor, spec, self.wanted.weight_range, name=path_of(value), **self.wanted.options)
+            scale, zero_point = choose_qparams(low, high, spec, dtype=tensor.dtype)
             plain = spec.symmetric and spec.signed
             names = self.constants(str(value.target), scale, None if plain else zero_point)
             self.weights[key] = self.fake_quantize(value, names, spec)

@@ -23,6 +23,7 @@ from qgraph.pipeline import EXACT, Context, Contract, Pass
 from qgraph.recipe import Recipe
 from qgraph.regions import Group
 from qgraph.text import path_of
+from qgraph.types import QSpec
 
 QUANTIZE = "quantize"
 """The key of `node.meta` that holds role -> QSpec for operands quantized without an observer."""
@@ -39,6 +40,9 @@ class InsertObservers(Pass):
 
     recipe: Recipe
     placement: Placement
+
+    def __post_init__(self) -> None:
+        observer(self.recipe.weight_range, QSpec(), **self.recipe.weight_range_options)  # an unknown one fails before any data is run
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
         modules = list(graph_modules(gm))

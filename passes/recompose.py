@@ -1,127 +1,96 @@
-"""Chains that exporters make of one op -> that op: hard_swish, gelu, softmax on the last axis, layer norm.
+"""Chains that exporters make of one op -> that op, in the graph's own dialect: activations, norms, softmax (see qgraph.chains).
 
-x * clip(x + 3, 0, 6) / 6               -> hard_swish(x)             ONNX from opset 14
-x * 0.5 * (1 + erf(x / sqrt(2)))        -> gelu(x)                   ONNX from opset 20
-reshape(softmax(flatten(x)), shape(x))  -> softmax(x)                ONNX
-(x - mean) / sqrt(mean((x - mean)^2) + eps) * weight + bias -> layer_norm(x, weight, bias)    ONNX from opset 17
+                                                                torch            ONNX
+x * clip(x + 3, 0, 6) / 6                -> hard_swish          hardswish        HardSwish, opset 14
+clip(x + 3, 0, 6) / 6                    -> hard_sigmoid        hardsigmoid      HardSigmoid
+x * (1 + erf(x / sqrt(2))) / 2           -> gelu                gelu             Gelu, opset 20
+the same with tanh                       -> gelu_tanh           gelu             Gelu, opset 20
+x * sigmoid(x)                           -> silu                silu             stays: runtimes know the chain better than Swish
+(x - mean) / sqrt(variance + eps)        -> layer norm          layer_norm       LayerNormalization, opset 17
+x / sqrt(mean(x^2) + eps)                -> rms norm            rms_norm         RMSNormalization, opset 23
+norm * weight + bias                     -> norm with both
+exp(x - max) / sum(exp(x - max))         -> softmax             softmax          Softmax
+reshape(softmax(flatten(x)), shape(x))   -> softmax                              Softmax
 
 In an older opset a chain stays as it is: raising the opset is a decision of whoever writes the file."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch.fx import GraphModule, Node
 
-from qgraph.onnx_node import attr, const_ints, rank
+from qgraph import chains
+from qgraph.edit import graph_modules, has_writes
+from qgraph.onnx_node import rank
 from qgraph.onnx_ops import OnnxOp, op
 from qgraph.pattern import Const, Inputs, Match, OneOf, Op, Var
 from qgraph.pipeline import EQUIVALENT, Context, Contract, Pass
 from qgraph.rewrite import Rewriter, rule
 from qgraph.types import type_of
-from qgraph.views import Activation, Elementwise, Softmax, const_value, view
+from qgraph.views import Elementwise, Norm, Softmax, const_value, view
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class Recompose(Pass):
-    """Fewer, larger ops with the same meaning; part of Canonicalize."""
+    """Fewer, larger ops with the same meaning; part of Canonicalize. Graphs with in-place ops stay: x may differ between two reads of it."""
 
     contract: ClassVar[Contract] = EQUIVALENT(1e-5)
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
-        return ctx.apply(gm, RULES)
+        return 0 if any(has_writes(part) for part in graph_modules(gm)) else ctx.apply(gm, RULES)
 
 
-def _op(rw: Rewriter, torch_op: Any, onnx_op: str, since: int, *args: Any, **attributes: Any) -> Node:
-    """A call in the root's own dialect."""
-    target = rw.root.target
-    if not isinstance(target, OnnxOp):
-        return rw.call(torch_op, *args)
-    if target.version < since:
-        rw.decline(f"{onnx_op} exists from opset {since}, this graph has {target.version}")
-    return rw.call(op(onnx_op, version=target.version), *args, like=rw.root, **attributes)
+def _version(rw: Rewriter, onnx_op: str, since: int) -> int:
+    """The opset of an ONNX graph; declines in one that is older than the op."""
+    version = rw.root.target.version  # type: ignore[union-attr]
+    if version < since:
+        rw.decline(f"{onnx_op} exists from opset {since}, this graph has {version}")
+    return int(version)
 
 
-def _times(*factors: Any, single_use: bool = False) -> Op:
-    return Op(Elementwise, kind="mul", inputs=Inputs(*factors), single_use=single_use)
+_TORCH: dict[str, tuple[Any, dict[str, Any]]] = {
+    "gelu": (aten.gelu.default, {}),
+    "gelu_tanh": (aten.gelu.default, {"approximate": "tanh"}),
+    "hard_swish": (aten.hardswish.default, {}),
+    "hard_sigmoid": (aten.hardsigmoid.default, {}),
+    "silu": (aten.silu.default, {}),
+}
+_ONNX: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "gelu": ("Gelu", 20, {}),
+    "gelu_tanh": ("Gelu", 20, {"approximate": "tanh"}),
+    "hard_swish": ("HardSwish", 14, {}),
+    "hard_sigmoid": ("HardSigmoid", 6, {"alpha": 1 / 6, "beta": 0.5}),
+}
+"""kind -> op, (its first opset,) its attributes."""
 
 
-def _over(x: Any, name: str, *, root: str | None = None) -> Op:
-    """x divided by a number, or multiplied by its inverse; `_divisor` tells which number."""
-    return Op(Elementwise, root, kind=OneOf("mul", "div"), inputs=Inputs(x, Var(name)))
-
-
-def _divisor(node: Node, x: Node, constant: Any) -> float | None:
-    """What the node divides x by; None for a constant over x and for a constant that is no number."""
-    found = view(Elementwise, node)
-    value = const_value(constant) if isinstance(constant, Node) else constant
-    if found is None or value is None or (isinstance(value, torch.Tensor) and value.numel() != 1) or not float(value):
+@rule(Op(Elementwise, kind=OneOf("mul", "div")))
+def activation(m: Match, rw: Rewriter) -> Node | None:
+    """x times a gate of x"""
+    found = chains.pointwise(m.root)
+    if isinstance(found, str):
+        rw.decline(found)
+    if found is None:
         return None
-    if found.kind == "mul":
-        return 1 / float(value)
-    return float(value) if found.inputs[0] is x else None
-
-
-def _is(found: float | None, expected: float) -> bool:
-    """Equal up to the rounding of a half precision constant."""
-    return found is not None and math.isclose(found, expected, rel_tol=1e-3)
-
-
-X = Var("x")
-_CLIPPED = Op(Activation, "gate", kind="clip", low=0.0, high=6.0, single_use=True, x=Op(Elementwise, kind="add", inputs=Inputs(X, 3.0)))
-
-
-@rule(
-    OneOf(
-        _over(Op(Elementwise, "inner", kind="mul", inputs=Inputs(X, _CLIPPED), single_use=True), "six"),
-        _times(X, Op(Elementwise, "inner", kind=OneOf("mul", "div"), inputs=Inputs(_CLIPPED, Var("six")), single_use=True)),
-    )
-)
-def hard_swish(m: Match, rw: Rewriter) -> Node | None:
-    """x * clip(x + 3, 0, 6) / 6, divided at either place"""
-    inside = view(Elementwise, m.inner)
-    divides_gate = inside is not None and m.six in inside.inputs
-    if not _is(_divisor(m.inner, m.gate, m.six) if divides_gate else _divisor(m.root, m.inner, m.six), 6.0):
+    if not isinstance(m.root.target, OnnxOp):
+        torch_op, attributes = _TORCH[found.kind]
+        return rw.call(torch_op, found.x, **attributes)
+    if found.kind not in _ONNX:
         return None
-    return _op(rw, aten.hardswish.default, "HardSwish", 14, m.x)
-
-
-@rule(_times(X, OneOf(Op("::HardSigmoid", X=X, alpha=Var("alpha"), beta=0.5), Op(aten.hardsigmoid.default, self=X))))
-def gated_hard_swish(m: Match, rw: Rewriter) -> Node | None:
-    """x * clip(x / 6 + 0.5, 0, 1)"""
-    if not math.isclose(m.get("alpha", 1 / 6), 1 / 6, rel_tol=1e-4):
-        return None
-    return _op(rw, aten.hardswish.default, "HardSwish", 14, m.x)
-
-
-_ERF = Op(Activation, kind="erf", single_use=True, x=_over(X, "by", root="scaled"))
-_ONE_PLUS = Op(Elementwise, kind="add", inputs=Inputs(_ERF, 1.0), single_use=True)
-
-
-@rule(
-    OneOf(
-        _times(_times(X, _ONE_PLUS, single_use=True), 0.5),
-        _times(_times(X, 0.5, single_use=True), _ONE_PLUS),
-        _times(X, _times(_ONE_PLUS, 0.5, single_use=True)),
-    )
-)
-def gelu(m: Match, rw: Rewriter) -> Node | None:
-    """x * 0.5 * (1 + erf(x / sqrt(2))), halved at any place"""
-    if not _is(_divisor(m.scaled, m.x, m.by), math.sqrt(2)):
-        return None
-    return _op(rw, aten.gelu.default, "Gelu", 20, m.x)
+    onnx_op, since, attributes = _ONNX[found.kind]
+    return rw.call(op(onnx_op, version=_version(rw, onnx_op, since)), found.x, like=m.root, **attributes)
 
 
 @rule(
     Op(
         "::Reshape",
-        data=Op(Softmax, "softmax", axis=Var("axis"), single_use=True, x=Op("::Flatten", "flat", input=X, axis=Var("kept"))),
-        shape=Op("::Shape", "shape", data=X),
+        data=Op(Softmax, "softmax", axis=Var("axis"), single_use=True, x=Op("::Flatten", "flat", input=Var("x"), axis=Var("kept"))),
+        shape=Op("::Shape", "shape", data=Var("x")),
     )
 )
 def last_axis_softmax(m: Match, rw: Rewriter) -> Node | None:
@@ -136,38 +105,83 @@ def last_axis_softmax(m: Match, rw: Rewriter) -> Node | None:
     return rw.call(m.softmax.target, m.x, like=m.root, axis=dims - 1)
 
 
-_MEAN = Op("::ReduceMean", "mean", data=X)
-_CENTRED = Op(Elementwise, "centred", kind="sub", inputs=Inputs(X, _MEAN))
-_SQUARE = OneOf(
-    Op(Elementwise, kind="pow", inputs=Inputs(Var("centred"), 2.0)),
-    Op(Elementwise, kind="mul", inputs=Inputs(Var("centred"), Var("centred"))),
-)
-_VARIANCE = Op("::ReduceMean", "variance", data=_SQUARE, single_use=True)
-_ROOT = Op(Activation, "deviation", kind="sqrt", single_use=True, x=Op(Elementwise, kind="add", inputs=Inputs(_VARIANCE, Var("eps"))))
-_NORMAL = Op(Elementwise, "normal", kind="div", inputs=Inputs(_CENTRED, _ROOT), single_use=True)
-
-
-@rule(Op(Elementwise, kind="add", inputs=Inputs(_times(_NORMAL, Const("weight"), single_use=True), Const("bias"))))
-def layer_norm(m: Match, rw: Rewriter) -> Node | None:
-    """Mean and variance over the last axis, then one weight and bias per element of it"""
-    weight, bias, eps = (const_value(v) for v in (m.weight, m.bias, m.eps))
-    assert weight is not None and bias is not None
-    dims = rank(m.x)
-    normal, centred = view(Elementwise, m.normal), view(Elementwise, m.centred)
-    ordered = normal is not None and normal.inputs[1] is m.deviation and centred is not None and centred.inputs[0] is m.x
-    if not ordered or eps is None or eps.numel() != 1 or not all(_over_last_axis(n, dims) for n in (m.mean, m.variance)):
+@rule(Op(Elementwise, kind="div"))
+def softmax(m: Match, rw: Rewriter) -> Node | None:
+    """exp(x - max) / sum(exp(x - max))"""
+    found = chains.exponential(m.root)
+    if isinstance(found, str):
+        rw.decline(found)
+    if found is None:
         return None
-    if weight.ndim != 1 or weight.shape != bias.shape or (dims or 0) < 1:
-        rw.decline(f"weight {list(weight.shape)} and bias {list(bias.shape)} are not one value per element of the last axis")
-    kind = type_of(m.x)
-    if kind is None or kind.shape is None or kind.shape[-1] not in (len(weight), None) and isinstance(kind.shape[-1], int):
-        rw.decline("the size of the last axis is not that of the weight")
-    return _op(rw, None, "LayerNormalization", 17, m.x, m.weight, m.bias, axis=-1, epsilon=float(eps))
+    if not isinstance(m.root.target, OnnxOp):
+        return rw.call(aten.softmax.int, found.x, found.axis)
+    version, dims = m.root.target.version, rank(found.x)
+    if version < 13 and (dims is None or found.axis != -1):
+        rw.decline(f"Softmax of axis {found.axis} alone exists from opset 13, this graph has {version}")
+    axis = found.axis if version >= 13 or dims is None else dims - 1
+    return rw.call(op("Softmax", version=version), found.x, like=m.root, axis=axis)
 
 
-def _over_last_axis(mean: Node, dims: int | None) -> bool:
-    axes = const_ints(mean, 1, "axes")
-    return attr(mean, "keepdims", 1) == 1 and axes is not None and (axes == (-1,) or (dims is not None and axes == (dims - 1,)))
+@rule(Op(Elementwise, kind=OneOf("mul", "div")))
+def norm(m: Match, rw: Rewriter) -> Node | None:
+    """Mean and variance, or mean square, over the last axis"""
+    found = chains.normal(m.root)
+    if isinstance(found, str):
+        rw.decline(found)
+    if found is None:
+        return None
+    layer = found.kind == "layer"
+    if not isinstance(m.root.target, OnnxOp):
+        torch_op, parameters = (aten.layer_norm.default, (found.weight, None)) if layer else (aten.rms_norm.default, (found.weight,))
+        return rw.call(torch_op, found.x, [found.size], *parameters, found.eps)
+    onnx_op, since = ("LayerNormalization", 17) if layer else ("RMSNormalization", 23)
+    target = op(onnx_op, version=_version(rw, onnx_op, since))
+    weight = found.weight or rw.const(torch.ones(found.size, dtype=_dtype(m.root)), name=f"{m.root.name}_ones")
+    return rw.call(target, found.x, weight, like=m.root, axis=-1, epsilon=found.eps)
 
 
-RULES = (hard_swish, gated_hard_swish, gelu, last_axis_softmax, layer_norm)
+def _dtype(node: Node) -> torch.dtype:
+    kind = type_of(node)
+    return getattr(torch, kind.dtype) if kind is not None and kind.dtype is not None else torch.float32
+
+
+_BARE = Op(Norm, "inner", kind=OneOf("layer", "rms"), axes=(-1,), bias=None, weight=Var("old"), single_use=True)
+
+
+@rule(Op(Elementwise, kind="mul", inputs=Inputs(_BARE, Const("weight"))))
+def norm_weight(m: Match, rw: Rewriter) -> Node | None:
+    """norm(x) * weight, where the norm has none, or only ones"""
+    ones = const_value(m.old)
+    if m.old is not None and (ones is None or not bool((ones == 1).all())):
+        return None
+    return _with_parameters(m, rw, weight=m.weight)
+
+
+@rule(
+    Op(
+        Elementwise,
+        kind="add",
+        inputs=Inputs(Op(Norm, "inner", kind="layer", axes=(-1,), bias=None, weight=Var("old"), single_use=True), Const("bias")),
+    )
+)
+def norm_bias(m: Match, rw: Rewriter) -> Node | None:
+    """layer_norm(x) + bias"""
+    return _with_parameters(m, rw, weight=m.old, bias=m.bias)
+
+
+def _with_parameters(m: Match, rw: Rewriter, *, weight: Node | None, bias: Node | None = None) -> Node:
+    """The inner norm again with these parameters."""
+    found, kind, value = view(Norm, m.inner), type_of(m.inner), const_value(bias or weight)
+    size = kind.shape[-1] if kind is not None and kind.shape else None
+    if found is None or value is None or not isinstance(size, int) or tuple(value.shape) != (size,) or value.dtype != _dtype(m.inner):
+        shape = None if value is None else list(value.shape)
+        rw.decline(f"the constant {shape} is not one value per element of the last axis, which has {size or 'no known size'}")
+    if isinstance(m.inner.target, OnnxOp):
+        attributes: dict[str, Any] = dict(m.inner.kwargs)
+        return rw.call(m.inner.target, found.x, weight, *([] if bias is None else [bias]), like=m.root, **attributes)
+    if found.kind == "rms":
+        return rw.call(aten.rms_norm.default, found.x, [size], weight, found.eps)
+    return rw.call(aten.layer_norm.default, found.x, [size], weight, bias, found.eps)
+
+
+RULES = (activation, last_axis_softmax, softmax, norm, norm_weight, norm_bias)

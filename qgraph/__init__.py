@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from qgraph.onnx_io import from_onnx, save_onnx, to_onnx
     from qgraph.pipeline import Pipeline
     from qgraph.recipe import Int, Recipe, load_recipe, register_stage
+    from qgraph.sensitivity import sensitivity
     from qgraph.text import diff, text
     from qgraph.torch_compile import torch_backend
     from qgraph.types import PerAxis, PerGroup, PerTensor, PerToken, QSpec, TensorType
@@ -46,6 +47,7 @@ _HOME = {
     "onnx_io": ("from_onnx", "save_onnx", "to_onnx"),
     "pipeline": ("Pipeline",),
     "recipe": ("Int", "Recipe", "load_recipe", "register_stage"),
+    "sensitivity": ("sensitivity",),
     "text": ("diff", "text"),
     "torch_compile": ("torch_backend",),
     "types": ("PerAxis", "PerGroup", "PerTensor", "PerToken", "QSpec", "TensorType"),
@@ -87,6 +89,7 @@ __all__ = [
     "register_observer",
     "register_stage",
     "save_onnx",
+    "sensitivity",
     "text",
     "to_onnx",
     "torch_backend",
@@ -106,7 +109,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """Importing a submodule binds it in its package; `capture`, `calibrate` and `text` stay the functions of that name."""
+    """Importing a submodule binds it in its package; `capture`, `calibrate`, `sensitivity` and `text` stay the functions of that name."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _MODULE or not isinstance(value, ModuleType):

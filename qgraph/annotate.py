@@ -21,13 +21,25 @@ from qgraph.ledger import FLOAT, Entry, Ledger
 from qgraph.recipe import Int, Recipe
 from qgraph.regions import Group, Regions
 from qgraph.text import path_of
-from qgraph.types import QSpec
-from qgraph.views import Conv, Embedding, Linear, const_value, is_const, key, view_any
+from qgraph.types import PerTensor, QSpec, type_of
+from qgraph.views import Activation, Conv, Embedding, Linear, const_value, is_const, key, table, view, view_any
 
 SITES = (Linear, Conv, Embedding)
 SiteView = Linear | Conv | Embedding
 Decision = tuple[QSpec | None, str]
 """A format (None: float) and why."""
+
+OVERRIDE = "override"
+"""The key of `node.meta` that holds an Override."""
+
+
+@dataclass(frozen=True)
+class Override:
+    """What a pass that has looked at data wants of one site, where no rule names it; `by` says who wants it and why, for the ledger."""
+
+    weights: Int | None
+    activations: Int | None
+    by: str
 
 
 @dataclass
@@ -45,21 +57,22 @@ def annotate(gm: GraphModule, recipe: Recipe, placement: Placement, ledger: Ledg
     """Solve one graph (not its nested bodies). Every linear, convolution and embedding gets ledger entries.
 
     Raises RecipeError when two rules want different formats of one shared value, or when the backend cannot honour a rule."""
-    labels = _labels(gm)
+    named = labels(gm)
     found, inputs = Annotations(), {}
     for node, v in _sites(gm):
-        weight, x = _Site(node, v, labels[node], recipe, placement, ledger).decide()
+        weight, x = _Site(node, v, named[node], recipe, placement, ledger).decide()
         operands = ({"weight": weight} if weight else {}) | ({"x": x} if x and x.dynamic else {})
         if operands:
             found.operands[node] = operands
         if x and not x.dynamic:
             inputs[node] = (_x(v), x)
+    _record_unread(gm, named, ledger)
     if inputs:
         outputs = frozenset(n for n, v in _sites(gm) if n in inputs and isinstance(v, placement.always_output))
         default = next(iter(sorted((s for _, s in inputs.values()), key=str)))
         regions = Regions(gm, placement, inputs, outputs, default, lambda n: _excluded(n, recipe))
         found.groups = regions.groups()
-        _record_outputs(found.groups, labels, ledger)
+        _record_outputs(found.groups, named, ledger)
     return found
 
 
@@ -94,7 +107,7 @@ def _excluded(node: Node, recipe: Recipe) -> bool:
     return bool(hits) and hits[-1] is None
 
 
-def _labels(gm: GraphModule) -> dict[Node, str]:
+def labels(gm: GraphModule) -> dict[Node, str]:
     """The path of each operation, made unique by the FX name where one module holds several."""
     nodes = [n for n in gm.graph.nodes if n.op == "call_function"]
     count = Counter(path_of(n) for n in nodes)
@@ -105,12 +118,27 @@ def _kind(node: Node) -> str:
     return str(key(node.target)).removeprefix("::").removesuffix(".default")
 
 
-def _record_outputs(groups: Iterable[Group], labels: dict[Node, str], ledger: Ledger) -> None:
+def _record_unread(gm: GraphModule, named: dict[Node, str], ledger: Ledger) -> None:
+    """Operations that have a weight but are used in a form that the interfaces do not know."""
+    for node in gm.graph.nodes:
+        unread = [kind for kind in SITES if key(node.target) in table(kind)] if node.op == "call_function" else []
+        if unread and view_any(SITES, node) is None:
+            ledger.record(Entry(named[node], _kind(node), "x", FLOAT, "annotate", _why_unread(node, unread[0])))
+
+
+def _why_unread(node: Node, kind: type) -> str:
+    ranks = [t.rank for i in node.all_input_nodes[:2] if (t := type_of(i)) is not None and t.rank is not None]
+    if kind is Conv and len(ranks) == 2 and ranks[0] < ranks[1]:
+        return "its x has no batch axis; add one, with x.unsqueeze(0)"
+    return f"this form of {kind.__name__.lower()} is not understood (its attributes or its weight's shape are unknown)"
+
+
+def _record_outputs(groups: Iterable[Group], named: dict[Node, str], ledger: Ledger) -> None:
     for group in groups:
         for value, maker in group.makers.items():
             absorbed = "" if maker is value else f", after {_kind(value)}"
             reason = f"computed in integers{absorbed}"
-            ledger.record(Entry(labels[maker], _kind(maker), "output", str(group.spec), "annotate", reason))
+            ledger.record(Entry(named[maker], _kind(maker), "output", str(group.spec), "annotate", reason))
 
 
 @dataclass(frozen=True)
@@ -133,8 +161,11 @@ class _Site:
             weight = x = (None, obstacle)
         else:
             rule, wanted_weight, wanted_x = self.wanted()
-            weight = self.weight(wanted_weight, rule)
-            x = self.x(wanted_x, rule, weight[0])
+            loss = self.loss(rule, wanted_x)
+            if loss:
+                wanted_weight = wanted_x = None
+            weight = (None, loss) if loss else self.weight(wanted_weight, rule)
+            x = (None, loss) if loss else self.x(wanted_x, rule, weight[0])
             if weight[0] and not x[0] and not isinstance(self.v, self.placement.weight_only):
                 weight = (None, x[1] if wanted_x else self.refuse(rule, "the backend has no kernel for an integer weight with float x"))
         self.record("weight" if is_const(self.v.weight) else "operand", *weight)
@@ -172,7 +203,14 @@ class _Site:
                 chosen = pattern
                 weights = rule.get("weights", weights) if rule is not None else None
                 activations = rule.get("activations", activations) if rule is not None else None
+        if chosen is None and (override := self.override) is not None:
+            weights, activations = override.weights, override.activations
         return chosen, weights, activations
+
+    @property
+    def override(self) -> Override | None:
+        found: Override | None = self.node.meta.get(OVERRIDE)
+        return found
 
     def refuse(self, rule: str | None, reason: str) -> str:
         """A refused format: an error if a rule asked for it by name, otherwise the ledger's reason."""
@@ -181,7 +219,9 @@ class _Site:
         return reason
 
     def source(self, rule: str | None) -> str:
-        return f"rule {rule!r}" if rule else f"recipe {self.recipe.name}"
+        if rule:
+            return f"rule {rule!r}"
+        return self.override.by if self.override is not None else f"recipe {self.recipe.name}"
 
     def weight(self, wanted: Int | None, rule: str | None) -> Decision:
         if wanted is None:
@@ -198,12 +238,42 @@ class _Site:
         value = const_value(self.v.weight)
         return value.dim() if value is not None else 0
 
+    def loss(self, rule: str | None, wanted: Int | None) -> str:
+        """Why integers gain nothing here, or "". A rule that names the operation, or a pass that measured it, knows better."""
+        if wanted is None or rule is not None or self.override is not None or isinstance(self.v, Embedding):
+            return ""
+        found = self.placement.pays(self.v, self.x_spec(wanted), self.from_float(), self.to_float())
+        return f"does not pay: {found}" if found else ""
+
+    def from_float(self) -> bool:
+        """No integer kernel can make x."""
+        node = _x(self.v)
+        while (act := view(Activation, node)) is not None and act.kind in self.placement.absorb:
+            node = act.x
+        return not self.in_integers(node)
+
+    def to_float(self) -> bool:
+        """Some reader of the result has no integer kernel."""
+        node = self.node
+        while len(node.users) == 1 and (act := view(Activation, reader := next(iter(node.users)))) and act.kind in self.placement.absorb:
+            node = reader
+        return not all(self.in_integers(reader) for reader in node.users)
+
+    def in_integers(self, node: Node) -> bool:
+        return any(view(kind, node) is not None for kind in (*self.placement.compute, *self.placement.follow, *self.placement.share))
+
+    def x_spec(self, wanted: Int) -> QSpec:
+        """The recipe's format; the backend's form of it where the recipe leaves that open."""
+        spec, form = wanted.activation_spec(), self.placement.x_format
+        open_ = wanted.symmetric is None and isinstance(spec.granularity, PerTensor) and not spec.dynamic
+        return form if form is not None and open_ and form.bits == spec.bits else spec
+
     def x(self, wanted: Int | None, rule: str | None, weight: QSpec | None) -> Decision:
         if isinstance(self.v, Embedding) or wanted is None:
             return None, f"{self.source(rule)} leaves it in float"
-        if weight is None:
+        if weight is None and not isinstance(self.v, self.placement.activation_only):
             return None, "its weight is in float"
-        spec = wanted.activation_spec()
+        spec = self.x_spec(wanted)
         capable = self.placement.dynamic if spec.dynamic else self.placement.compute
         kind = type(self.v).__name__.lower()
         if not isinstance(self.v, capable):

@@ -13,6 +13,7 @@ import onnx_ir
 import torch
 from torch.fx import GraphModule, Node
 
+from qgraph import saturation
 from qgraph.backend import Backend, Program, get_backend
 from qgraph.calibrate import calibrate
 from qgraph.capture import capture
@@ -35,11 +36,15 @@ from qgraph.passes import (
 )
 from qgraph.pipeline import Context, Pass, Pipeline, Verify
 from qgraph.recipe import Recipe, load_recipe
+from qgraph.score import Metric
 from qgraph.text import where
 from qgraph.views import Cast, Dequantize, DynamicQuantize, FakeQuantize, Quantize, const_value, view, view_any
 
 Model = torch.nn.Module | torch.export.ExportedProgram | GraphModule | onnx.ModelProto | onnx_ir.Model | str | PathLike[str]
 Source = str | Recipe | Path
+
+AUTO = "auto"
+"""The recipe that is searched for."""
 
 QUANTIZED_OPS = frozenset(
     ("QLinearConv", "QLinearMatMul", "MatMulInteger", "ConvInteger", "QGemm", "MatMulNBits", "GatherBlockQuantized", "MatMulIntegerToFloat")
@@ -47,7 +52,10 @@ QUANTIZED_OPS = frozenset(
 )
 """ONNX operations that only quantized models have."""
 
-PREPARE: tuple[Pass, ...] = (InferTypes(), SinkConstants(), Canonicalize(), FoldConstants(), FoldBatchNorm(), MergeEqual(), RemoveDead())
+PREPARE: tuple[Pass, ...] = (
+    *(InferTypes(), SinkConstants(), MergeEqual(), Canonicalize(), FoldConstants(), FoldBatchNorm()),
+    *(MergeEqual(), RemoveDead()),
+)
 """What every model goes through before it is annotated; none of them changes numbers beyond float rounding."""
 
 
@@ -81,7 +89,7 @@ def prepare(
     recipe = load_recipe(recipe)
     target = get_backend(backend)
     gm = as_graph(model, example_inputs, dynamic_shapes=dynamic_shapes)
-    _check_float(gm)
+    check_float(gm)
     observe = InsertObservers(recipe, target.placement)
     stages = _in_order(recipe.stages, observe)
     waiting = next((i for i, p in enumerate(stages) if p.needs_data or p.at == "quantized"), len(stages))
@@ -103,7 +111,8 @@ def convert(prepared: GraphModule, *, verify: Verify | None = None) -> GraphModu
         names = ", ".join(p.name for p in waiting if not isinstance(p, InsertObservers))
         raise CalibrationError(f"stages of the recipe have not run yet ({names}): call qgraph.calibrate(prepared, batches) first")
     gm = copy_graph(prepared)
-    _run(gm, InsertFakeQuant(), FoldFakeQuant(), RemoveDead(), verify=verify)
+    _run(gm, InsertFakeQuant.of(gm), FoldFakeQuant(), RemoveDead(), verify=verify)
+    saturation.record(gm)
     return _at(gm, "converted")
 
 
@@ -135,10 +144,35 @@ def quantize(
     dynamic_shapes: Any = None,
     output: str | PathLike[str] | None = None,
     verify: Verify | None = None,
+    metric: str | Metric = "sqnr",
+    max_drop: float | None = None,
+    evaluation: Iterable[Any] | None = None,
+    resume: str | PathLike[str] | None = None,
 ) -> GraphModule:
     """prepare, calibrate and convert in one call, and export when `output` is a path. Returns the quantized graph.
 
-    `batches` is needed by recipes with static ranges or with stages that look at data. Raises what those functions raise."""
+    `batches` is needed by recipes with static ranges or with stages that look at data. Raises what those functions raise.
+    `recipe="auto"` searches for the fastest program whose `metric` on `evaluation` falls by `max_drop` at most, see `auto.auto`; the last
+    four arguments are for it alone."""
+    if recipe == AUTO:
+        from qgraph.auto import auto
+
+        found = auto(
+            model,
+            batches,
+            example_inputs=example_inputs,
+            backend=backend,
+            dynamic_shapes=dynamic_shapes,
+            metric=metric,
+            max_drop=max_drop,
+            evaluation=evaluation,
+            resume=resume,
+        )
+        if output is not None:
+            export(found, output, backend=backend)
+        return found
+    if (max_drop, evaluation, resume) != (None, None, None):
+        raise RecipeError(f'max_drop, evaluation and resume are for recipe="auto", not for {recipe}')
     recipe = load_recipe(recipe)
     if recipe.needs_data and batches is None:
         asks = next((f"stage {p.name} of recipe {recipe.name}" for p in recipe.stages if p.needs_data), f"recipe {recipe.name}")
@@ -161,7 +195,7 @@ def _in_order(stages: tuple[Pass, ...], observe: InsertObservers) -> tuple[Pass,
     return (*first, observe, *(p for part in rest for p in part))
 
 
-def _check_float(gm: GraphModule) -> None:
+def check_float(gm: GraphModule) -> None:
     """Raises ModelError for a graph that holds quantized operations: quantizing it again would pile error on error."""
     for part in graph_modules(gm):
         found = [n for n in part.graph.nodes if _is_quantized(n)]

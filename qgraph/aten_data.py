@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from qgraph.types import type_of
-from qgraph.views import Attention, Cast, Concat, DataMovement, Embedding, Pad, Pool, Softmax, implements, operands
+from qgraph.views import Attention, Cast, Concat, DataMovement, Embedding, Pad, Pool, Reduce, Size, Softmax, implements, operands
 
 aten = torch.ops.aten
 
@@ -144,6 +144,39 @@ def _mean(node: Node) -> Pool | None:
     return Pool("global_average", o["self"]) if sorted(d % rank for d in dims) == list(range(2, rank)) else None
 
 
+def _reduce(kind: str, node: Node, dims: Any) -> Reduce | None:
+    o = operands(node)
+    rank, axes = _rank(o["self"]), dims if isinstance(dims, list | tuple) else [dims]
+    if not rank or not o["keepdim"] or o.get("dtype") is not None or not axes or not all(isinstance(d, int) for d in axes):
+        return None
+    return Reduce(kind, o["self"], tuple(sorted(d % rank - rank for d in axes)))
+
+
+def _reduction(kind: str) -> Callable[[Node], Reduce | None]:
+    return lambda node: _reduce(kind, node, operands(node)["dim"])
+
+
+implements(Reduce, aten.mean.dim)(_reduction("mean"))
+implements(Reduce, aten.sum.dim_IntList)(_reduction("sum"))
+implements(Reduce, aten.amax.default)(_reduction("max"))
+
+
+@implements(Reduce, aten.var.dim, aten.var.correction)
+def _variance(node: Node) -> Reduce | None:
+    o = operands(node)
+    correction = o["unbiased"] if "unbiased" in o else o["correction"]  # None stands for 1
+    return _reduce("variance", node, o["dim"]) if correction in (0, False) and correction is not None else None
+
+
+@implements(Reduce, operator.getitem)
+def _largest(node: Node) -> Reduce | None:
+    """max(dim) gives values and where they are."""
+    source = node.args[0]
+    if not isinstance(source, Node) or source.target is not aten.max.dim or node.args[1] != 0:
+        return None
+    return _reduce("max", source, operands(source)["dim"])
+
+
 @implements(Pad, aten.constant_pad_nd.default, aten.pad.default)
 def _pad(node: Node) -> Pad | None:
     o = operands(node)
@@ -159,7 +192,12 @@ def _pad(node: Node) -> Pad | None:
     return Pad(x, tuple(reversed(pads)), float(value or 0))
 
 
-# Lookups, softmax, attention, casts
+# Sizes, lookups, softmax, attention, casts
+
+
+@implements(Size, aten.sym_size.int, aten.sym_size.default, aten.sym_numel.default)
+def _size(node: Node) -> Size:
+    return Size(operands(node)["self"])
 
 
 @implements(Embedding, aten.embedding.default)

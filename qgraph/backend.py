@@ -24,21 +24,28 @@ class Placement:
     compute          interfaces with an integer kernel when x and weight are quantized (static ranges)
     dynamic          those that also have one when the range of x is found at run time
     weight_only      those whose weight alone may be stored in integers
+    activation_only  those whose x alone may be in integers, before a float weight
     always_output    those whose integer kernel exists only with a quantized output
     follow           interface -> kinds that have an integer kernel when all their operands are quantized
     share            interface -> kinds whose output keeps the scale of its inputs
     absorb           activation kinds that a quantized output of their producer performs (saturation)
     accepts          (the operation seen through its interface, role, spec) -> None, or a sentence that says why the backend refuses
+    pays             (the operation, the spec of its x, whether x comes from float, whether the result goes to float) -> None, or a
+                     sentence that says why float is as fast; asked where no rule names the operation
+    x_format         the form of static activations where a recipe leaves it open (`Int.symmetric` None); None: as the recipe has it
     """
 
     compute: tuple[type, ...] = ()
     dynamic: tuple[type, ...] = ()
     weight_only: tuple[type, ...] = ()
+    activation_only: tuple[type, ...] = ()
     always_output: tuple[type, ...] = ()
     follow: Mapping[type, frozenset[str]] = field(default_factory=dict)
     share: Mapping[type, frozenset[str]] = field(default_factory=dict)
     absorb: frozenset[str] = frozenset()
     accepts: Callable[[Any, str, QSpec], str | None] = lambda operation, role, spec: None
+    pays: Callable[[Any, QSpec, bool, bool], str | None] = lambda operation, spec, from_float, to_float: None
+    x_format: QSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -77,9 +84,17 @@ class Backend(Protocol):
     def export(self, gm: GraphModule, path: str | PathLike[str]) -> None: ...
 
 
+@runtime_checkable
+class Translator(Protocol):
+    """A backend that first translates what it lowers. Who lowers many variants of one graph translates the float graph once."""
+
+    def translate(self, gm: GraphModule) -> GraphModule: ...
+
+
 BACKENDS: dict[str, str | Callable[[], Backend]] = {
     "onnxruntime": "qgraph.backends.onnxruntime:OnnxRuntime",
     "reference": "qgraph.backends.reference:Reference",
+    "tensorrt": "qgraph.backends.tensorrt:TensorRT",
 }
 """Name -> factory, or "module:factory" that is imported when first asked for."""
 

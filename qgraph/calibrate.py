@@ -51,7 +51,7 @@ def calibrate(
         data = _given(batches) if asks is None else replayable(batches, f"stage {asks.name}")
         done = sweep(prepared, data, runner=runner, progress=progress)
     for p in late:
-        InsertFakeQuant().run(prepared, Context())
+        InsertFakeQuant.of(prepared).run(prepared, Context())
         _stage(prepared, p, batches, progress, verify)
     if isinstance(found := prepared.meta.get("qgraph"), State):
         found.stage = "calibrated"

@@ -1,4 +1,4 @@
-"""The command line: qgraph quantize | inspect | passes | diff, on files.
+"""The command line: qgraph quantize | sensitivity | inspect | passes | diff, on files.
 
 Exit status 0, 1 for an error (one line on stderr, `--debug` for the traceback), 2 for wrong usage. torch is imported by the commands
 that need it, so that help and usage errors come at once.
@@ -22,7 +22,10 @@ import qgraph
 from qgraph.errors import ModelError, QGraphError, RecipeError
 
 if TYPE_CHECKING:
-    from qgraph.backend import Kernel
+    from torch.fx import GraphModule
+
+    from qgraph.backend import Backend, Kernel
+    from qgraph.ledger import State
     from qgraph.recipe import Recipe
 
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -66,12 +69,16 @@ def main() -> None:
 @main.command()
 @click.argument("source", metavar="IN.onnx|PACKAGE.MODULE:FUNCTION")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The ONNX file to write.")
-@click.option("--recipe", default="w8a8", show_default=True, help="Name (w8a8, w8a8-dynamic, w4a16-g128, ...) or a YAML file.")
+@click.option("--recipe", default="w8a8", show_default=True, help="Name (w8a8, w8a8-dynamic, w4a16-g128, ..., auto) or a YAML file.")
 @click.option("--calibration", type=click.Path(), help="One .npz with arrays named as the inputs, or a folder of .npz files.")
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Samples per feed out of one .npz.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a field of the recipe; may be repeated.")
 @click.option("--backend", default="onnxruntime", show_default=True, help="What the model is quantized for.")
 @click.option("--strict", is_flag=True, help="Fail when a kernel that was promised did not come out.")
+@click.option("--max-drop", type=float, help="With --recipe auto: how much the metric may fall.  [default: 0.01]")
+@click.option("--metric", help="With --recipe auto: sqnr, agreement, or PACKAGE.MODULE:FUNCTION of (run, batches).  [default: sqnr]")
+@click.option("--evaluation", type=click.Path(), help="With --recipe auto: data for the metric, in the form of --calibration.")
+@click.option("--resume", type=click.Path(path_type=Path), help="With --recipe auto: a file that keeps finished trials.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def quantize(
     source: str,
@@ -82,24 +89,94 @@ def quantize(
     overrides: tuple[str, ...],
     backend: str,
     strict: bool,
+    max_drop: float | None,
+    metric: str | None,
+    evaluation: str | None,
+    resume: Path | None,
     as_json: bool,
 ) -> None:
     """Quantize a model and write it as ONNX.
 
-    FUNCTION takes no arguments and returns (module, example_inputs), or (module, example_inputs, dynamic_shapes)."""
+    FUNCTION takes no arguments and returns (module, example_inputs), or (module, example_inputs, dynamic_shapes).
+    With the recipe "auto", the fastest one within a budget is searched for."""
     _check_paths(source, output)
     _quiet()
     from qgraph.backend import get_backend
     from qgraph.recipe import load_recipe
 
-    wanted, target = load_recipe(recipe, overrides), get_backend(backend)
-    model, example_inputs, dynamic_shapes = _load(source)
-    prepared = qgraph.prepare(model, example_inputs, recipe=wanted, backend=target, dynamic_shapes=dynamic_shapes)
-    _calibrate(prepared, wanted, calibration, batch)
-    program = qgraph.lower(qgraph.convert(prepared), backend=target, strict=strict)
+    target, budget = get_backend(backend), {"max_drop": max_drop, "metric": metric, "evaluation": evaluation, "resume": resume}
+    if recipe == "auto":
+        if overrides:
+            raise RecipeError("--set changes a recipe, and auto searches for one; leave it out")
+        quantized = _auto(source, target, calibration, batch, **budget)
+    elif given := [f"--{name.replace('_', '-')}" for name, value in budget.items() if value is not None]:
+        raise RecipeError(f"{', '.join(given)}: for --recipe auto, not for {recipe}")
+    else:
+        wanted = load_recipe(recipe, overrides)
+        model, example_inputs, dynamic_shapes = _load(source)
+        prepared = qgraph.prepare(model, example_inputs, recipe=wanted, backend=target, dynamic_shapes=dynamic_shapes)
+        _calibrate(prepared, wanted, calibration, batch)
+        quantized = qgraph.convert(prepared)
+    program = qgraph.lower(quantized, backend=target, strict=strict)
     program.save(output)
-    report = _report(source, output, wanted, prepared.meta["qgraph"].ledger, program.kernels())
-    click.echo(json.dumps(report) if as_json else _report_text(report))
+    found = quantized.meta["qgraph"]
+    report = _report(source, output, found, program.kernels())
+    trials = f"{found.tradeoff}\n\n" if found.tradeoff else ""
+    click.echo(json.dumps(report) if as_json else trials + _report_text(report))
+
+
+def _auto(source: str, target: Backend, calibration: str | None, batch: int, **budget: Any) -> GraphModule:
+    """The graph that keeps the budget. On a terminal the trials are shown as they end."""
+    from qgraph.auto import auto
+
+    if calibration is None:
+        raise RecipeError("recipe auto looks at data: give --calibration")
+    model, names = _captured(source)
+    data = qgraph.load_batches(calibration, batch, names)
+    held_out = budget.pop("evaluation")
+    metric = budget.pop("metric") or "sqnr"
+    return auto(
+        model,
+        data,
+        backend=target,
+        metric=_imported(metric) if _FUNCTION.fullmatch(metric) else metric,
+        evaluation=None if held_out is None else qgraph.load_batches(held_out, batch, names),
+        **budget,
+    )
+
+
+def _captured(source: str) -> tuple[Any, list[str]]:
+    """A graph of the model, and the names of its inputs."""
+    from qgraph.api import as_graph
+    from qgraph.feeds import inputs_of
+
+    model, example_inputs, dynamic_shapes = _load(source)
+    gm = as_graph(model, example_inputs, dynamic_shapes=dynamic_shapes)
+    return gm, [i.name for i in inputs_of(gm)]
+
+
+@main.command()
+@click.argument("source", metavar="IN.onnx|PACKAGE.MODULE:FUNCTION")
+@click.option(
+    "--calibration", required=True, type=click.Path(), help="One .npz with arrays named as the inputs, or a folder of .npz files."
+)
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Samples per feed out of one .npz.")
+@click.option("--recipe", default="w8a8", show_default=True, help="Name or YAML file of the formats to look at.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a field of the recipe; may be repeated.")
+@click.option("--backend", default="onnxruntime", show_default=True, help="What the model is quantized for.")
+@click.option("--effect", type=click.Choice(["alone", "others"]), help="Also the effect on the model's outputs: slow.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
+def sensitivity(
+    source: str, calibration: str, batch: int, recipe: str, overrides: tuple[str, ...], backend: str, effect: Any, as_json: bool
+) -> None:
+    """What each operation loses when it alone is quantized, the most sensitive first."""
+    _quiet()
+    from qgraph.recipe import load_recipe
+
+    model, names = _captured(source)
+    wanted, data = load_recipe(recipe, overrides), qgraph.load_batches(calibration, batch, names)
+    found = qgraph.sensitivity(model, data, recipe=wanted, backend=backend, effect=effect)
+    click.echo(json.dumps(found.as_json()) if as_json else str(found))
 
 
 def _quiet() -> None:
@@ -125,17 +202,21 @@ def _load(source: str) -> tuple[Any, tuple[Any, ...] | None, Any]:
         from qgraph.onnx_io import from_onnx
 
         return from_onnx(source), None, None
+    made = _imported(source)()
+    if not isinstance(made, tuple) or len(made) not in (2, 3) or not isinstance(made[1], tuple | list):
+        raise ModelError(f"{source} must return (module, example_inputs) or (module, example_inputs, dynamic_shapes)")
+    return made[0], tuple(made[1]), made[2] if len(made) == 3 else None
+
+
+def _imported(source: str) -> Any:
+    """The function that PACKAGE.MODULE:FUNCTION names."""
     module_name, _, function_name = source.partition(":")
     if os.getcwd() not in sys.path:  # the console script does not put it there, python -m does
         sys.path.insert(0, os.getcwd())
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
+        return getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
         raise ModelError(f"cannot load {source}: {error}") from error
-    made = function()
-    if not isinstance(made, tuple) or len(made) not in (2, 3) or not isinstance(made[1], tuple | list):
-        raise ModelError(f"{source} must return (module, example_inputs) or (module, example_inputs, dynamic_shapes)")
-    return made[0], tuple(made[1]), made[2] if len(made) == 3 else None
 
 
 def _calibrate(prepared: Any, recipe: Recipe, path: str | None, batch: int) -> None:
@@ -147,17 +228,22 @@ def _calibrate(prepared: Any, recipe: Recipe, path: str | None, batch: int) -> N
     qgraph.calibrate(prepared, batches)
 
 
-def _report(source: str, output: Path, recipe: Recipe, ledger: Any, kernels: list[Kernel]) -> dict[str, Any]:
+def _report(source: str, output: Path, state: State, kernels: list[Kernel]) -> dict[str, Any]:
+    from qgraph.saturation import covered
+
+    ledger, searched = state.ledger, state.tradeoff
     return {
         "output": str(output),
-        "recipe": recipe.name,
+        "recipe": state.recipe.name if state.recipe else "float",
         "bytes": _bytes(output),
         "source_bytes": _bytes(Path(source)) if Path(source).is_file() else None,
         **ledger.summary(),
+        "sums": covered(ledger),
         "kernels_promised": len(kernels),
         "kernels_fused": sum(k.fused for k in kernels),
         "unfused": [{"node": k.node, "promised": k.promised, "became": k.became, "reason": k.reason} for k in kernels if not k.fused],
         "float": [{"node": e.node, "role": e.role, "reason": e.reason} for e in ledger if not e.quantized],
+        **({"tradeoff": searched.as_json()} if searched else {}),
     }
 
 
@@ -178,6 +264,8 @@ def _report_text(report: dict[str, Any]) -> str:
         f"  kernels      {report['kernels_fused']} of {report['kernels_promised']} fused",
     ]
     lines += [f"  unfused      {k['node']}: promised {k['promised']}, became {k['became']}: {k['reason']}" for k in report["unfused"]]
+    if report["sums"]:
+        lines.append(f"  sums         {report['sums']}")
     rows = report["float"]
     lines += [f"  float        {e['node']}.{e['role']}: {e['reason']}" for e in rows[:FLOAT_ROWS]]
     if len(rows) > FLOAT_ROWS:

@@ -32,11 +32,20 @@ def collect(
     data = replayable(data, label)
     with paused(gm):
         listening = [_listen(node, fn, i) for i, (node, fn) in enumerate(wanted.items())]
+        bodies = {part for node in wanted if isinstance(part := node.graph.owning_module, GraphModule) and part is not gm}
+        _recompile(bodies)
         try:
             return sweep(gm, data, label=label, progress=progress).batches
         finally:
             for node in listening:
                 _silence(node)
+            _recompile(bodies)
+
+
+def _recompile(bodies: Iterable[GraphModule]) -> None:
+    """Bodies run as compiled code; the graph itself is interpreted."""
+    for body in bodies:
+        body.recompile()
 
 
 def _listen(value: Node, fn: Callable[[Tensor], object], number: int) -> Node:

@@ -37,6 +37,11 @@ def graph_modules(gm: GraphModule) -> Iterator[GraphModule]:
             work += [body for node in current.graph.nodes if (body := nested(node)) is not None]
 
 
+def has_writes(gm: GraphModule) -> bool:
+    """A call in this graph (bodies not looked at) may change a tensor in place, so that two equal calls need not give equal values."""
+    return any(isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable for n in gm.graph.nodes)
+
+
 def nested(node: Node) -> GraphModule | None:
     """The GraphModule that a get_attr or call_module node names, else None."""
     if node.op not in ("get_attr", "call_module"):

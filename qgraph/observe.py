@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qgraph.choices import MSE, Entropy, Percentile, one_thread
 from qgraph.errors import CalibrationError, RecipeError, nearest
-from qgraph.qparams import choose_qparams, minmax
-from qgraph.ranges import Choice, Histogram, MinMax, MovingAverage, Percentile, Range, Statistic, bounds
+from qgraph.histogram import Histogram, Values
+from qgraph.qparams import choose_qparams, reduce_rows
+from qgraph.ranges import Choice, MinMax, MovingAverage, Range, Statistic, bounds, infinite_from
 from qgraph.types import PerAxis, PerTensor, QSpec
 from qgraph.watch import Watch
 
@@ -26,17 +28,19 @@ class Observer(Watch):
     """y = x, watching x.
 
     `spec` says how the value will be represented, `statistic` what is collected, `choose` how a range is read off it,
-    `name` which value this is, for errors. `seen` counts finite elements, `infinite` those ignored for being +-inf; `dtype` is
-    the float type of the last tensor, which scales get too.
+    `name` which value this is, for errors. `seen` counts finite elements, `infinite` those ignored for being +-inf or
+    standing for it (see `ranges.infinite_from`); `dtype` is the float type of the last tensor, which scales get too.
     State lives on the CPU; `state_dict` holds it as extra state.
     """
 
     def __init__(self, spec: QSpec, statistic: Statistic, choose: Choice = bounds, *, name: str = "") -> None:
         super().__init__()
-        if spec.dynamic or not isinstance(spec.granularity, PerTensor | PerAxis):
-            raise RecipeError(f"only static per-tensor and per-axis ranges are observed, not {spec}")
-        if statistic.values and spec.axis is not None:
-            raise RecipeError(f"{type(statistic).__name__} observes per tensor, not {spec}; use 'minmax'")
+        if spec.dynamic:
+            raise RecipeError(
+                f"only static ranges are observed, not {spec}: its scales are computed at run time, from the values themselves"
+            )
+        if not isinstance(spec.granularity, PerTensor | PerAxis):
+            raise RecipeError(f"only per-tensor and per-axis ranges are observed, not {spec}: groups have static ranges in weights only")
         self.spec, self.statistic, self.choose, self.name = spec, statistic, choose, name
         self._empty = statistic
         self.frozen, self.seen, self.infinite, self.dtype = False, 0, 0, torch.float32
@@ -50,28 +54,27 @@ class Observer(Watch):
         x = x.detach()
         self.dtype = x.dtype
         low, high = self._bounds(x, x)
-        count = x.numel()
-        if not (low.float().isfinite().all() and high.float().isfinite().all()):
+        limit, finite = infinite_from(x.dtype), None
+        if not bool(((low > -limit) & (high < limit)).all()):
             x = self._check_nan(x.float())
-            finite = x.isfinite()
-            count = int(finite.sum())
-            self.infinite += x.numel() - count
-            if not count:
-                return
+            finite = x.abs() < limit
             low, high = self._bounds(x.where(finite, math.inf), x.where(finite, -math.inf))
             low, high = low.where(low <= high, 0), high.where(low <= high, 0)  # a channel without any finite value
-            x = x[finite]
-        self._add(x, low, high, count)
+        count = x.numel() if finite is None else int(finite.sum())
+        self.infinite += x.numel() - count
+        if count:
+            self._add(self._rows(x, finite) if self.statistic.values else None, low, high, count)
 
     def update_bounds(self, low: float, high: float, count: int, *, dtype: torch.dtype = torch.float32) -> None:
-        """Adds a tensor of `count` finite elements of which only the bounds are known; for observers without `wants_values`."""
+        """Adds a tensor of `count` finite elements, none of which stands for infinity, by its bounds; for observers without
+        `wants_values`."""
         if not self.frozen and count:
             self.dtype = dtype
             self._add(None, torch.tensor(low), torch.tensor(high), count)
 
-    def _add(self, x: Tensor | None, low: Tensor, high: Tensor, count: int) -> None:
+    def _add(self, rows: Sequence[Tensor] | None, low: Tensor, high: Tensor, count: int) -> None:
         # One assignment of an immutable value: an interruption leaves the old statistic or the new one.
-        self.statistic = self.statistic.merge(self.statistic.of(x, low.float().cpu(), high.float().cpu()))
+        self.statistic = self.statistic.merge(self.statistic.of(rows, low.float().cpu(), high.float().cpu()))
         self.seen += count
 
     def _bounds(self, x: Tensor, x_high: Tensor) -> Range:
@@ -88,6 +91,15 @@ class Observer(Watch):
             raise CalibrationError(f"{self._who()} has {n} entries along axis {axis}, but {known.numel()} in earlier data")
         rest = [d for d in range(x.dim()) if d != axis % x.dim()]
         return (x.amin(rest), x_high.amax(rest)) if rest else (x.clone(), x_high.clone())
+
+    def _rows(self, x: Tensor, finite: Tensor | None) -> list[Tensor]:
+        """The finite values, flat: all of them, or those at each index of the axis."""
+        axis = self.spec.axis
+        if axis is None:
+            return [x.reshape(-1) if finite is None else x[finite]]
+        if finite is None:
+            return [row.reshape(-1) for row in x.unbind(axis)]
+        return [row[some] for row, some in zip(x.unbind(axis), finite.unbind(axis), strict=True)]
 
     def _check_nan(self, x: Tensor) -> Tensor:
         if nans := int(x.isnan().sum()):
@@ -122,7 +134,8 @@ class Observer(Watch):
         if self.statistic.low is None:
             why = f"only {self.infinite} infinite values were seen" if self.infinite else "it was never observed"
             raise CalibrationError(f"{self._who()} has no range: {why}; calibrate with data that reaches it, or leave it in float")
-        return self.choose(self.statistic, self.spec)
+        with one_thread():
+            return self.choose(self.statistic, self.spec)
 
     def qparams(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """(scale in `dtype`, zero_point) of the range under `spec`; see `ops.choose_qparams`."""
@@ -151,13 +164,6 @@ def paused(gm: torch.nn.Module) -> Iterator[None]:
     finally:
         for m in running:
             m.freeze(False)
-
-
-def range_of(x: Tensor, spec: QSpec, *, name: str = "") -> Range:
-    """(low, high) of a weight, float32 in the shape that `spec`'s scale has. Raises CalibrationError for NaN and infinities."""
-    if not x.detach().isfinite().all():
-        raise CalibrationError(f"the weight {name!r} contains NaN or infinity; leave it in float with a rule")
-    return minmax(x.detach().float(), spec.axis, spec.group)
 
 
 Factory = Callable[..., Observer]
@@ -191,6 +197,16 @@ def _percentile(spec: QSpec, *, name: str = "", percentile: float = 99.99, bins:
     return Observer(spec, Histogram(bins), Percentile(percentile), name=name)
 
 
+@register_observer("entropy")
+def _entropy(spec: QSpec, *, name: str = "", candidates: int = 128, bins: int = 2048) -> Observer:
+    return Observer(spec, Histogram(bins), Entropy(candidates), name=name)
+
+
+@register_observer("mse")
+def _mse(spec: QSpec, *, name: str = "", bins: int = 2048) -> Observer:
+    return Observer(spec, Histogram(bins), MSE(), name=name)
+
+
 def observer(kind: str, spec: QSpec, *, name: str = "", **options: Any) -> Observer:
     """A new observer by name. Raises RecipeError for an unknown kind or option."""
     if kind not in OBSERVERS:
@@ -200,3 +216,13 @@ def observer(kind: str, spec: QSpec, *, name: str = "", **options: Any) -> Obser
     for option in options.keys() - known:
         raise RecipeError(f"observer {kind!r} has no option {option!r}{nearest(option, known)}")
     return factory(spec, name=name, **options)
+
+
+def range_of(x: Tensor, spec: QSpec, kind: str = "minmax", *, name: str = "", **options: Any) -> Range:
+    """(low, high) of a weight, float32 in the shape that `spec`'s scale has, chosen as the observer of that kind chooses, from the
+    values themselves. Raises CalibrationError for NaN and infinities, RecipeError for an unknown kind or option."""
+    if not x.detach().isfinite().all():
+        raise CalibrationError(f"the weight {name!r} contains NaN or infinity; leave it in float with a rule")
+    choose = observer(kind, replace(spec, granularity=PerTensor()), name=name, **options).choose
+    with one_thread():
+        return reduce_rows(x.detach().float(), spec.axis, spec.group, lambda rows: choose(Values(rows), spec))

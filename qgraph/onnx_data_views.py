@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.fx import Node
 
 from qgraph.onnx_node import arg, attr, const_ints, op_type, rank, scalar, single, version
-from qgraph.views import DataMovement, Dequantize, Embedding, FakeQuantize, Pad, Quantize, const_value, implements, is_const, view_any
+from qgraph.views import DataMovement, Dequantize, Embedding, FakeQuantize, Pad, Quantize, Size, const_value, implements, is_const, view_any
 
 _KINDS = {
     "Reshape": "reshape",
@@ -27,6 +27,11 @@ _KINDS = {
 @implements(DataMovement, *("::" + name for name in _KINDS))
 def movement(node: Node) -> DataMovement:
     return DataMovement(_KINDS[op_type(node)], arg(node, 0))
+
+
+@implements(Size, "::Shape", "::Size")
+def size(node: Node) -> Size:
+    return Size(arg(node, 0))
 
 
 @implements(DataMovement, "::Transpose")

@@ -28,6 +28,7 @@ from qgraph.views import (
     Norm,
     Pool,
     Quantize,
+    Reduce,
     Softmax,
     const_value,
     implements,
@@ -177,8 +178,10 @@ _POINTWISE: dict[str, tuple[str, float | None, float | None]] = {
     "HardSwish": ("hard_swish", -0.375, None),
     "HardSigmoid": ("hard_sigmoid", 0.0, 1.0),
     "LeakyRelu": ("leaky_relu", None, None),
+    "PRelu": ("prelu", None, None),
     "Erf": ("erf", -1.0, 1.0),
     "Sqrt": ("sqrt", 0.0, None),
+    "Reciprocal": ("reciprocal", None, None),
     "Exp": ("exp", 0.0, None),
     "Neg": ("neg", None, None),
     "Abs": ("abs", 0.0, None),
@@ -238,6 +241,18 @@ def reduce_mean(node: Node) -> Pool | None:
     if dims is None or axes is None or dims < 4:
         return None
     return Pool("global_average", arg(node, 0)) if sorted(a % dims for a in axes) == list(range(2, dims)) else None
+
+
+_REDUCTIONS = {"ReduceMean": "mean", "ReduceSum": "sum", "ReduceMax": "max"}
+
+
+@implements(Reduce, *("::" + name for name in _REDUCTIONS))
+def reduce(node: Node) -> Reduce | None:
+    """Axes are an attribute, or an input from opset 13 (sum) and 18 on; without them all axes go."""
+    dims, axes = rank(arg(node, 0)), const_ints(node, 1, "axes")
+    if not axes or attr(node, "keepdims", 1) != 1 or (dims is None and max(axes) >= 0):
+        return None
+    return Reduce(_REDUCTIONS[op_type(node)], arg(node, 0), tuple(sorted(a if a < 0 else a - (dims or 0) for a in axes)))
 
 
 @implements(Softmax, "::Softmax", "::LogSoftmax")

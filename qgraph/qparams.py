@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,32 +31,44 @@ def scale_shape(shape: Sequence[int], axis: int | None, group: int) -> tuple[int
     return (*shape[:axis], 1 if group == -1 else (n + group - 1) // group, *shape[axis + 1 :])
 
 
-def _reduce(x: Tensor, axis: int, group: int) -> tuple[Tensor, Tensor]:
-    """Smallest and largest of every `group` neighbours along `axis`; the last group may be short."""
-    full = x.shape[axis] // group * group
-    blocks = x.narrow(axis, 0, full).unflatten(axis, (-1, group)) if full else None
-    parts = [] if blocks is None else [torch.aminmax(blocks, dim=axis + 1)]
-    if full < x.shape[axis]:
-        parts.append(torch.aminmax(x.narrow(axis, full, x.shape[axis] - full), dim=axis, keepdim=True))
-    return torch.cat([p[0] for p in parts], axis), torch.cat([p[1] for p in parts], axis)
+def reduce_rows(x: Tensor, axis: int | None, group: int, reduce: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """What `reduce` makes, (low, high) [n] each, of the rows [n, m] of `x` that share a scale: in the scale's shape (see `scale_shape`).
+
+    It is called twice when the last group is short. A range without elements is (0, 0)."""
+    shape = scale_shape(x.shape, axis, group)
+    if x.numel() == 0:
+        return torch.zeros(shape, device=x.device), torch.zeros(shape, device=x.device)
+    if axis is None:
+        rows = x.reshape(1, -1)
+    elif group == 0:
+        rows = x.movedim(axis, 0).reshape(x.shape[axis], -1)
+    elif group == -1:
+        rows = x.reshape(-1, x.shape[-1])
+    else:
+        return _reduce_groups(x, axis, group, reduce)
+    low, high = reduce(rows)
+    return low.reshape(shape), high.reshape(shape)
+
+
+def _reduce_groups(x: Tensor, axis: int, group: int, reduce: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    x = x.movedim(axis, -1)
+    full = x.shape[-1] // group * group
+    parts = [p for p in (x[..., :full], x[..., full:]) if p.shape[-1]]
+    found = [[side.reshape(*x.shape[:-1], -1) for side in reduce(p.reshape(-1, min(group, p.shape[-1])))] for p in parts]
+    low, high = (torch.cat(side, -1).movedim(-1, axis) for side in zip(*found, strict=True))
+    return low, high
 
 
 def minmax(x: Tensor, axis: int | None = None, group: int = 0) -> tuple[Tensor, Tensor]:
     """Smallest and largest element of what shares a scale, as float32 tensors of the scale's shape (see `scale_shape`).
 
     NaN propagates, so that the caller sees it. A range without elements is (0, 0)."""
-    shape = scale_shape(x.shape, axis, group)
-    if x.numel() == 0:
-        return torch.zeros(shape, device=x.device), torch.zeros(shape, device=x.device)
-    x = x.detach().to(torch.float32)
-    if axis is None:
-        low, high = torch.aminmax(x)
-    elif group > 0:
-        low, high = _reduce(x, axis % x.dim(), group)
-    elif group == -1:
-        low, high = torch.aminmax(x, dim=-1, keepdim=True)
-    else:
-        low, high = torch.aminmax(x.movedim(axis, 0).reshape(x.shape[axis], -1), dim=1)
+    return reduce_rows(x.detach().to(torch.float32), axis, group, _smallest_and_largest)
+
+
+def _smallest_and_largest(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest of each row."""
+    low, high = torch.aminmax(rows) if len(rows) == 1 else torch.aminmax(rows, dim=1)  # the former uses all threads
     return low, high
 
 

@@ -77,7 +77,16 @@ class Int:
         return self._spec(PerTensor(), symmetric=bool(self.symmetric), dynamic=self.dynamic)
 
 
-STAGES: dict[str, str | Callable[..., Pass]] = {}
+STAGES: dict[str, str | Callable[..., Pass]] = {
+    "smoothquant": "qgraph.passes.smooth_quant:SmoothQuant",
+    "cle": "qgraph.passes.equalize:Equalize",
+    "relax-clip": "qgraph.passes.relax_clip:RelaxClip",
+    "absorb-high-bias": "qgraph.passes.absorb_high_bias:AbsorbHighBias",
+    "reducerange": "qgraph.passes.reduce_range:ReduceRange",
+    "mixed": "qgraph.passes.mixed:Mixed",
+    "biascorrect": "qgraph.passes.bias_correct:BiasCorrect",
+    "round": "qgraph.passes.round_weights:RoundWeights",
+}
 """Stage name in a recipe -> factory of a pass whose keywords are its options, or "module:factory" that is imported when first asked for."""
 
 
@@ -86,7 +95,12 @@ def register_stage(name: str, factory: Callable[..., Pass]) -> None:
     STAGES[name] = factory
 
 
-ALIASES: dict[str, Mapping[str, Any]] = {}
+ALIASES: dict[str, Mapping[str, Any]] = {
+    "zeroquant": {
+        "weights": {"bits": 8, "group": 128, "symmetric": True},
+        "activations": {"bits": 8, "per": "token", "symmetric": True, "dynamic": True},
+    },
+}
 """Names of whole methods -> the fields of their recipe, in the form of a YAML file."""
 
 
@@ -97,7 +111,8 @@ class Recipe:
     `stages` are passes that run in order, each on the float, the observed or the quantized graph (see `Pass`).
     `rules` maps a glob over module paths and ONNX node names to None (stays float) or to a mapping with `weights` and
     `activations` that replace the recipe's own; the last rule that matches wins. `observer` names an entry of
-    `qgraph.observe.OBSERVERS`, `observer_options` its arguments. `embeddings` is the format of embedding tables (None: float)."""
+    `qgraph.observe.OBSERVERS`, `observer_options` its arguments; `weight_range` and `weight_range_options` say in the same words how
+    the ranges of weights are chosen from their values. `embeddings` is the format of embedding tables (None: float)."""
 
     weights: Int | None = None
     activations: Int | None = None
@@ -107,6 +122,8 @@ class Recipe:
     embeddings: Int | None = None
     observer: str = "minmax"
     observer_options: Mapping[str, Any] = field(default_factory=dict)
+    weight_range: str = "minmax"
+    weight_range_options: Mapping[str, Any] = field(default_factory=dict)
     name: str = "custom"
 
     def __post_init__(self) -> None:
@@ -114,6 +131,11 @@ class Recipe:
             raise RecipeError("the recipe quantizes nothing: give weights, activations or both")
         if self.kv_cache is not None:
             raise RecipeError("no backend quantizes the key/value cache yet; leave kv_cache out")
+        if self.observer != Recipe.observer and not self.static:
+            raise RecipeError(
+                f"observer={self.observer!r} chooses static activation ranges, and recipe {self.name} has none: its activations are in float "
+                "or have scales computed at run time; weight_range chooses those of weights"
+            )
 
     @property
     def static(self) -> bool:
@@ -183,13 +205,14 @@ def _suffixes(name: str, text: str) -> dict[str, Any]:
 
 def _activations(bits: int, group: int | None, options: Mapping[str, Any]) -> Int:
     """Case 1: group-wise weights: int8 rows per weight block, as integer kernels of such weights compute (ORT.md, accuracy level 4).
-    Case 2: per token, int8 or asymmetric uint8. Case 3: one unsigned asymmetric range per tensor, static or dynamic."""
+    Case 2: per token, int8 or asymmetric uint8. Case 3: one range per tensor, static or dynamic, unsigned and
+    asymmetric unless the backend prefers another form."""
     if group is not None:
         return Int(bits, group=group, symmetric=True, dynamic=True)
     if options.get("token"):
         symmetric = options.get("symmetric") is not False
         return Int(bits, per="token", symmetric=symmetric, unsigned=not symmetric, dynamic=True)
-    return Int(bits, per="tensor", symmetric=False, unsigned=True, dynamic=bool(options.get("dynamic")))
+    return Int(bits, per="tensor", unsigned=True, dynamic=bool(options.get("dynamic")))
 
 
 def _stage(name: str, options: Mapping[str, Any] | None = None) -> Pass:
@@ -269,7 +292,7 @@ def from_dict(data: Mapping[str, Any], *, base: Recipe | None = None) -> Recipe:
             value = _int(value, old, name)
         elif name == "rules":
             value = {**(old or {}), **{str(k): _rule(k, v, base) for k, v in _mapping(value, name).items()}}
-        elif name == "observer_options":
+        elif name in ("observer_options", "weight_range_options"):
             value = {**(old or {}), **_mapping(value, name)}
         elif name == "stages":
             value = _stages(value)

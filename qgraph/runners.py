@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from qgraph.errors import CalibrationError, LoweringError, QGraphError
 from qgraph.feeds import inputs_of
+from qgraph.ranges import infinite_from
 from qgraph.taps import ORT_ERRORS, Tap, open_session
 from qgraph.text import where
 from qgraph.types import type_of
@@ -79,9 +80,10 @@ class OrtRunner:
     """Runs an ONNX-dialect graph in one ONNX Runtime session in which the watched values are extra outputs.
 
     Where observers need no more than the bounds of a tensor, the graph reduces it itself (minimum, maximum, sum, size), so that
-    four scalars leave. ONNX Runtime's minimum and maximum skip NaN: the sum tells. A value whose sum is not finite leaves whole
-    from then on, so that the observer can tell NaN from infinity. The tensors that leave whole (percentiles, per axis) are alive
-    together until each has been observed: for those, memory grows with the batch, never with the number of batches.
+    four scalars leave. ONNX Runtime's minimum and maximum skip NaN: the sum tells. A value whose sum is not finite, or that reaches
+    what stands for infinity, leaves whole from then on, for the observer to tell which and leave it out. The tensors that leave whole
+    (percentiles, per axis) are alive together until each has been observed: for those, memory grows with the batch, never with the
+    number of batches.
 
     Raises LoweringError when ONNX Runtime cannot run the graph; TorchRunner can.
     """
@@ -104,7 +106,7 @@ class OrtRunner:
     def run(self, args: Sequence[Any]) -> None:
         feed = {name: x.cpu().numpy() if isinstance(x, Tensor) else x for name, x in zip(self._inputs, args, strict=True)}
         results = self._results(feed)
-        while odd := {t.name for t in self._taps if t.reduced and not math.isfinite(results[f"{t.name}.sum"])}:
+        while odd := {t.name for t in self._taps if t.reduced and not _plain(t, results)}:
             self._open([replace(t, reduced=False) if t.name in odd else t for t in self._taps])
             results = self._results(feed)
         for tap in self._taps:
@@ -122,6 +124,13 @@ class OrtRunner:
             return dict(zip(names, self._session.run(names, feed), strict=True))
         except ORT_ERRORS as e:
             raise CalibrationError(f"ONNX Runtime does not run the model on this batch: {_first_line(e)}") from e
+
+
+def _plain(tap: Tap, results: Mapping[str, Any]) -> bool:
+    """Whether the bounds say it all: neither NaN nor what stands for infinity is among the values."""
+    low, high, total, size = (float(results[f"{tap.name}.{what}"]) for what in ("min", "max", "sum", "size"))
+    limit = infinite_from(getattr(torch, str(tap.dtype)))
+    return not size or (math.isfinite(total) and -limit < low <= high < limit)
 
 
 def _tap(number: int, value: Node, found: Sequence[Watch]) -> Tap:

@@ -27,6 +27,8 @@ from torch.onnx import OnnxExporterError
 from qgraph.errors import LoweringError
 from qgraph.ledger import State, state
 from qgraph.onnx_io import from_onnx
+from qgraph.passes.open_attention import OpenAttention
+from qgraph.pipeline import Context
 from qgraph.qg_onnx import restore_qg_ops, translation
 
 # LayerNormalization is whole from opset 17 and torch's translations start at 18; Gelu is whole from 20.
@@ -63,6 +65,7 @@ def to_onnx_dialect(gm: GraphModule, *, opset: int | None = None) -> GraphModule
     if found.example_inputs is None:
         raise LoweringError("the graph has no example inputs to export it with: capture it with qgraph.capture(module, example_inputs)")
     flat, inputs, outputs = _flat(gm, found)
+    OpenAttention().run(flat, Context())
     examples = tuple(found.example_inputs[i] for i in inputs)
     model = _exported(flat, examples, found.dim_names, opset or _opset(flat))
     _simplify(model)

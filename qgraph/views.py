@@ -93,7 +93,7 @@ class Elementwise:
 @dataclass(frozen=True)
 class Activation:
     """Pointwise function of one tensor. kind: "relu", "clip", "sigmoid", "tanh", "gelu", "gelu_tanh", "silu", "hard_swish",
-    "hard_sigmoid", "leaky_relu", "elu", "erf", "sqrt", "exp", "neg", "abs", "softplus".
+    "hard_sigmoid", "leaky_relu", "prelu" (a slope per channel), "elu", "erf", "sqrt", "rsqrt", "reciprocal", "exp", "neg", "abs", "softplus".
 
     `low` and `high` are the bounds that the output is known to keep (None: unbounded); for "clip" they are its limits."""
 
@@ -127,6 +127,15 @@ class Pool:
 
     kind: str
     x: Node
+
+
+@dataclass(frozen=True)
+class Reduce:
+    """kind: "mean", "sum", "max" or "variance" (divided by the count) over `axes` of x, counted from the end; the axes stay, with size 1."""
+
+    kind: str
+    x: Node
+    axes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -173,6 +182,13 @@ class Cast:
 
     x: Node
     to: str
+
+
+@dataclass(frozen=True)
+class Size:
+    """The shape of x, one of its sizes or their product: integers that do not depend on the elements of x."""
+
+    x: Node
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import qgraph
 from qgraph.annotate import Annotations, annotate, check_rules
 from qgraph.backend import ALL, Placement
 from qgraph.backends.onnxruntime.placement import PLACEMENT
-from qgraph.errors import RecipeError
+from qgraph.errors import ModelError, RecipeError
 from qgraph.ledger import Ledger
 from qgraph.recipe import Int, Recipe, load_recipe
 from qgraph.regions import Regions
@@ -215,3 +217,38 @@ def test_a_gemm_that_integer_kernels_do_not_take_keeps_its_activations_in_float(
         assert entry is not None and not entry.quantized and reason in entry.reason
         weight = ledger.get("site", "weight")
         assert weight is not None and weight.quantized
+
+
+def test_a_convolution_without_a_batch_axis_is_left_in_float_and_the_error_says_why() -> None:
+    with pytest.raises(ModelError, match=r"its x has no batch axis; add one, with x.unsqueeze\(0\)"):
+        qgraph.prepare(nn.Conv2d(3, 4, 3), (IMAGE[0],))
+
+
+@pytest.mark.parametrize("lowest", [-torch.inf, torch.finfo(torch.float32).min, -1e4])
+@pytest.mark.parametrize("dialect", ["aten", "onnx"])
+def test_an_added_mask_is_never_quantized(lowest: float, dialect: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x, mask = torch.randn(2, 6, 8), torch.tensor([[1.0] * 6, [1.0] * 4 + [0.0] * 2])
+    net = Masked(lowest).eval()
+    if dialect == "onnx":
+        torch.onnx.export(net, (x, mask), tmp_path / "m.onnx", dynamo=True, verbose=False)
+    gm = qgraph.quantize(
+        str(tmp_path / "m.onnx") if dialect == "onnx" else net, [(x, mask)], example_inputs=None if dialect == "onnx" else (x, mask)
+    )
+    found, want = qgraph.lower(gm)(x, mask), net(x, mask)
+    error = (found[0] if isinstance(found, tuple) else found) - want
+    assert 10 * torch.log10(want.square().sum() / error.square().sum()) > 25
+
+
+class Masked(nn.Module):
+    """One attention head; keys whose mask is 0 get `lowest` added to their scores."""
+
+    def __init__(self, lowest: float) -> None:
+        super().__init__()
+        self.lowest = lowest
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        added = torch.zeros_like(mask).masked_fill(mask == 0, self.lowest)[:, None, :]
+        scores = self.q(x) @ self.k(x).transpose(1, 2) + added
+        return self.o(torch.softmax(scores, -1) @ self.v(x))

@@ -197,6 +197,21 @@ def test_infinities_inside_the_model_are_ignored_and_nan_is_named(runner: type) 
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
+def test_constants_of_masks_never_widen_a_range(runner: type) -> None:
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    net (float[N, 4] x, float[N, 4] mask) => (float[N, 4] y) { [masked] q = Add (x, mask)  y = Softmax (q) }
+    """
+    gm = watch(from_onnx(onnx.parser.parse_model(text)), {"masked": observer("minmax", UINT8, name="masked")})
+    one, least = np.ones((1, 4), np.float32), np.finfo(np.float32).min
+    masks = [0 * one, np.array([[0, 1, least, 0]], np.float32), np.array([[least / 2, 0, -np.inf, -3]], np.float32), least * one]
+    calibrate(gm, [(one, mask) for mask in masks], runner=runner(gm))
+    found = observers(gm)["masked"]
+    assert found.range() == (torch.tensor(-2.0), torch.tensor(2.0))
+    assert (found.seen, found.infinite) == (9, 7)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
 def test_empty_tensors_in_a_batch_are_fine(runner: type) -> None:
     gm = prepared()
     first, second = batches(2)

@@ -10,16 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from qgraph.choices import Percentile
 from qgraph.errors import CalibrationError, RecipeError
+from qgraph.histogram import Histogram
 from qgraph.observe import OBSERVERS, Observer, observer, paused, range_of, register_observer
-from qgraph.ranges import Histogram, MinMax, Percentile
+from qgraph.ranges import MinMax
 from qgraph.types import PerAxis, PerGroup, PerToken, QSpec
 
 UINT8 = QSpec("uint8", symmetric=False)
 INT8 = QSpec("int8")
-KINDS = ["minmax", "moving-average", "percentile"]
+KINDS = ["minmax", "moving-average", "percentile", "entropy", "mse"]
 
-finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
+finite = st.floats(-(2.0**99), 2.0**99, width=32)  # magnitudes from 1e30 stand for infinity
 tensors = st.lists(finite, min_size=0, max_size=40).map(lambda v: torch.tensor(v, dtype=torch.float32))
 
 
@@ -64,11 +66,11 @@ def test_per_axis_of_a_vector_does_not_alias_the_data() -> None:
     assert found.range()[0].tolist() == [1.0, -2.0]
 
 
-@given(st.lists(tensors, min_size=1, max_size=6), st.randoms(), st.sampled_from(["minmax", "percentile"]), st.booleans())
+@given(st.lists(tensors, min_size=1, max_size=6), st.randoms(), st.sampled_from(["minmax", "percentile", "entropy", "mse"]), st.booleans())
 @settings(max_examples=150, deadline=None)
 def test_any_order_and_any_sharding_give_the_same_qparams(parts: list[Tensor], random, kind: str, symmetric: bool) -> None:
-    spec = QSpec("int8", symmetric)
-    options = {"percentile": 90.0, "bins": 32} if kind == "percentile" else {}
+    spec = QSpec("int3", symmetric)
+    options = {"minmax": {}, "percentile": {"percentile": 90.0, "bins": 32}}.get(kind, {"bins": 32})
     parts.append(torch.tensor([0.37, -0.011]))
     whole = fed(kind, [torch.cat(parts)], spec, **options)
     shuffled = parts.copy()
@@ -79,7 +81,7 @@ def test_any_order_and_any_sharding_give_the_same_qparams(parts: list[Tensor], r
     for shard in shards[1:]:
         merged.merge(shard)
     same(merged, whole)
-    if kind == "percentile":
+    if kind != "minmax":
         assert torch.equal(merged.statistic.counts, whole.statistic.counts)
         assert merged.statistic.exponent == whole.statistic.exponent
 
@@ -89,9 +91,10 @@ def test_any_order_and_any_sharding_give_the_same_qparams(parts: list[Tensor], r
 def test_histogram_counts_are_those_of_exact_arithmetic(values: list[float]) -> None:
     x = np.array(values, np.float32)
     found = fed("percentile", [torch.from_numpy(v.reshape(1)) for v in x], bins=16).statistic
-    index = np.trunc(np.ldexp(x.astype(np.float64), -found.exponent)).astype(int) + 15
+    exponent = int(found.exponent)
+    index = np.trunc(np.ldexp(x.astype(np.float64), -exponent)).astype(int) + 15
     assert found.counts.tolist() == np.bincount(index, minlength=31).tolist()
-    assert found.exponent == -110 or abs(np.ldexp(np.abs(x.astype(np.float64)).max(), -found.exponent)) >= 8  # no wider than needed
+    assert exponent == -110 or abs(np.ldexp(np.abs(x.astype(np.float64)).max(), -exponent)) >= 8  # no wider than needed
 
 
 @pytest.mark.parametrize("percentile", [50.0, 90.0, 99.0, 99.9, 100.0])
@@ -180,6 +183,16 @@ def test_infinities_are_counted_but_not_in_the_range(kind: str) -> None:
     assert (found.seen, found.infinite) == (2, 2)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("dtype", "mask"), [(torch.float32, -3.4e38), (torch.bfloat16, -1.7e38), (torch.float64, -1e30), (torch.float16, -65504)]
+)
+def test_constants_of_masks_stand_for_infinity(kind: str, dtype: torch.dtype, mask: float) -> None:
+    found = fed(kind, [torch.tensor([1.5, mask, -0.75, mask], dtype=dtype)])
+    assert found.range() == fed(kind, [torch.tensor([1.5, -0.75])]).range()
+    assert (found.seen, found.infinite) == (2, 2)
+
+
 def test_infinities_are_left_out_per_channel() -> None:
     x = torch.tensor([[1.0, float("inf"), -4.0], [float("inf"), float("inf"), float("-inf")]])
     low, high = fed("minmax", [x], QSpec("int8", granularity=PerAxis(0))).range()
@@ -200,7 +213,7 @@ def test_integers_and_empty_tensors_are_passed_over(kind: str) -> None:
     assert found.range()[1] == 3 and found.seen == 1
 
 
-@pytest.mark.parametrize("x", [torch.zeros(4), torch.tensor(-0.0), torch.tensor([1e-45, -1e-40]), torch.tensor([3.4e38, -3.4e38])])
+@pytest.mark.parametrize("x", [torch.zeros(4), torch.tensor(-0.0), torch.tensor([1e-45, -1e-40]), torch.tensor([9e29, -9e29])])
 @pytest.mark.parametrize("kind", KINDS)
 def test_zero_denormal_and_huge_ranges_have_qparams(kind: str, x: Tensor) -> None:
     scale, zero_point = fed(kind, [x]).qparams()
@@ -264,8 +277,10 @@ def test_state_has_a_fixed_size() -> None:
     "spec", [QSpec("int8", granularity=PerToken(), dynamic=True), QSpec("int4", granularity=PerGroup(1, 4)), QSpec(dynamic=True)]
 )
 def test_only_static_per_tensor_and_per_axis_formats_are_observed(spec: QSpec) -> None:
-    with pytest.raises(RecipeError, match="only static per-tensor and per-axis ranges are observed"):
-        observer("minmax", spec)
+    with pytest.raises(
+        RecipeError, match="only per-tensor and per-axis" if not spec.dynamic else "only static ranges are observed.*at run time"
+    ):
+        observer("mse", spec)
 
 
 def test_unknown_kinds_and_options_name_the_nearest() -> None:
@@ -279,8 +294,6 @@ def test_unknown_kinds_and_options_name_the_nearest() -> None:
     for momentum in (0, 1.5, -0.1):
         with pytest.raises(RecipeError, match="momentum"):
             observer("moving-average", INT8, momentum=momentum)
-    with pytest.raises(RecipeError, match="Histogram observes per tensor"):
-        observer("percentile", QSpec(granularity=PerAxis(0)))
 
 
 def test_users_can_register_an_observer() -> None:

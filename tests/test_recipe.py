@@ -62,6 +62,11 @@ def test_a_yaml_file_changes_a_named_base(tmp_path: Path) -> None:
     assert recipe.rules["body.*"] == {"weights": Int(4)}
 
 
+def test_weight_ranges_are_chosen_by_an_override() -> None:
+    recipe = load_recipe("w8a8-dynamic", ["weight_range=percentile", "weight_range_options.percentile=99"])
+    assert recipe.weight_range == "percentile" and recipe.weight_range_options == {"percentile": 99}
+
+
 def test_overrides_reach_nested_fields_and_rules_with_dots() -> None:
     recipe = load_recipe("w8a8", ["weights.bits=4", "rules.encoder.*=null", "observer=moving-average"])
     assert recipe.weights == Int(4) and recipe.rules == {"encoder.*": None} and recipe.observer == "moving-average"
@@ -78,6 +83,12 @@ def test_overrides_reach_nested_fields_and_rules_with_dots() -> None:
         ("w8a8kv8", [], "key/value cache"),
         ("missing.yaml", [], "missing.yaml: No such file"),
         ("w8a8", ["observr=minmax"], "no field 'observr'; did you mean 'observer'"),
+        (
+            "w8a8-dynamic",
+            ["observer=mse"],
+            "observer='mse' chooses static activation ranges, and recipe w8a8-dynamic has none.*weight_range",
+        ),
+        ("w8a8", ["weight_range_options=3"], "weight_range_options must be a mapping"),
         ("w8a8", ["weights.bit=4"], "no option 'bit'; did you mean 'bits'"),
         ("w8a8", ["weights"], "key=value"),
         ("w8a8", ["rules.x={weight: null}"], "no field 'weight'; did you mean 'weights'"),

@@ -48,13 +48,18 @@ class OnnxRuntime:
 
     def legalize(self, gm: GraphModule, ctx: Context | None = None) -> GraphModule:
         """The graph in pure ONNX operators. An aten graph is translated first."""
-        if _is_aten(gm):
-            from qgraph.torch_export import to_onnx_dialect
-
-            gm = to_onnx_dialect(gm)
+        gm = self.translate(gm)
         Pipeline(*self.passes, name=self.name).run(gm, ctx)
         state(gm).stage = "lowered"
         return gm
+
+    def translate(self, gm: GraphModule) -> GraphModule:
+        """An aten graph in ONNX operators, calls of qg operations left as they are; an ONNX graph as it is."""
+        if not _is_aten(gm):
+            return gm
+        from qgraph.torch_export import to_onnx_dialect
+
+        return to_onnx_dialect(gm)
 
     def export(self, gm: GraphModule, path: str | os.PathLike[str], *, strict: bool = False) -> None:
         """Write the lowered graph as an ONNX file that the ONNX checker accepts and ONNX Runtime has loaded. `gm` is consumed.

@@ -1,6 +1,7 @@
 """Passes that turn an onnx-dialect graph with qg ops into what ONNX Runtime's CPU provider fuses (see backends/README.md for the table).
 
-    open_fused -> fold_pad -> absorb_activation -> turn_weights -> widen_half -> claim_kernels -> multiply_out_weights -> quantize_biases -> lower_qg_ops -> merge_equal
+    open_fused -> modernize -> fuse_attention -> fold_pad -> absorb_activation -> turn_weights -> widen_half -> claim_kernels
+    -> multiply_out_weights -> quantize_biases -> lower_qg_ops -> shield_float -> keep_apart -> merge_equal
 
 Every pass is usable alone; after the last one no qg op is left.
 """
@@ -14,14 +15,20 @@ import torch
 from torch.fx import GraphModule, Node, map_arg
 
 from qgraph.backends.onnxruntime import weights
+from qgraph.backends.onnxruntime.apart import KeepApart
+from qgraph.backends.onnxruntime.attention import FuseAttention
 from qgraph.backends.onnxruntime.emit import Emitter, emit
 from qgraph.backends.onnxruntime.fused import OpenFused
 from qgraph.backends.onnxruntime.half import WidenHalf
+from qgraph.backends.onnxruntime.hard_swish import hard_swish_in_integers
 from qgraph.backends.onnxruntime.linear import LINEAR_RULES
+from qgraph.backends.onnxruntime.modernize import Modernize
 from qgraph.backends.onnxruntime.pool import pool_in_integers
 from qgraph.backends.onnxruntime.shield import ShieldFloat
 from qgraph.backends.onnxruntime.sites import constant, is_integer_site, static_source
 from qgraph.backends.onnxruntime.standard import leftovers, lower_rules
+from qgraph.backends.onnxruntime.token import unsigned_rows
+from qgraph.backends.onnxruntime.whole import WholeOps
 from qgraph.errors import LoweringError
 from qgraph.ledger import Entry, state
 from qgraph.ops import Q, quantize_bias
@@ -87,7 +94,7 @@ class ClaimKernels(Pass):
     contract: ClassVar[Contract] = EQUIVALENT(1e-2)
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
-        return emit(gm, ctx, unsigned, pool_in_integers) + emit(gm, ctx, *LINEAR_RULES, weights.gather)
+        return emit(gm, ctx, unsigned, unsigned_rows, pool_in_integers, hard_swish_in_integers) + emit(gm, ctx, *LINEAR_RULES, weights.gather)
 
 
 @dataclass(frozen=True)
@@ -183,10 +190,17 @@ class LowerQgOps(Pass):
 
 @dataclass(frozen=True)
 class MergeEqual(Pass):
-    """One DynamicQuantizeLinear, Cast or QuantizeLinear for all consumers of a value."""
+    """One quantization, Cast or concatenation for all consumers of a value."""
 
     contract: ClassVar[Contract] = EXACT
-    kinds: tuple[str, ...] = ("Cast", "DynamicQuantizeLinear", "QuantizeLinear", "DequantizeLinear", "getitem")
+    kinds: tuple[str, ...] = (
+        "Cast",
+        "Concat",
+        "DynamicQuantizeLinear",
+        "QuantizeLinear",
+        "DequantizeLinear",
+        "getitem",
+    )
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
         return sum(self._merge(part) for part in graph_modules(gm))
@@ -217,6 +231,9 @@ def _frozen(value: Any) -> Any:
 
 LEGALIZE: tuple[Pass, ...] = (
     OpenFused(),
+    WholeOps(),
+    Modernize(),
+    FuseAttention(),
     FoldPad(),
     AbsorbActivation(),
     TurnWeights(),
@@ -226,6 +243,7 @@ LEGALIZE: tuple[Pass, ...] = (
     QuantizeBiases(),
     LowerQgOps(),
     ShieldFloat(),
+    KeepApart(),
     MergeEqual(),
 )
 """The backend's passes in order."""

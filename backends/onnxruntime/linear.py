@@ -2,6 +2,7 @@
 
     x                                         becomes
     dynamic, uint8 per tensor                 DynamicQuantizeLinear, MatMulInteger, Cast, Mul, Add     -> DynamicQuantizeMatMul
+    dynamic, 8 bits per row (per token)       MatMulIntegerToFloat between row statistics and row scales (token.py)
     dynamic, int8 in the weight's groups      MatMulNBits, accuracy level 4
     static, uint8 per tensor, with a bias     Gemm with an int32 bias (2 axes) -> QGemm, or MatMulIntegerToFloat
     float, weight of at most 4 bits           MatMulNBits, accuracy level 1
@@ -18,6 +19,7 @@ from torch.fx import Node
 from qgraph.backends.onnxruntime.emit import FLOAT, MICROSOFT, Emitter
 from qgraph.backends.onnxruntime.packing import block_size, container_bits, matmul_blocks
 from qgraph.backends.onnxruntime.sites import LinearSite, Weight, constant, dynamic_source, linear_rules, rank, static_source
+from qgraph.backends.onnxruntime.token import token_integer
 from qgraph.ops import Q, quantize_bias
 from qgraph.rewrite import Rewriter
 from qgraph.views import Activation, Elementwise, const_value, view
@@ -152,6 +154,7 @@ def _is_summed(node: Node) -> bool:
 
 LINEAR_RULES = (
     *linear_rules("dynamic_integer", dynamic_integer),
+    *linear_rules("token_integer", token_integer),
     *linear_rules("blockwise", blockwise),
     *linear_rules("static_bias", static_bias),
 )

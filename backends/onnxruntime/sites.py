@@ -112,10 +112,16 @@ def linear_rules(name: str, build: Callable[[LinearSite, Rewriter], Node | None]
 
 
 def _site(node: Node, bias: Node | None, root: Node) -> LinearSite:
+    found = linear_site(node)
+    assert found is not None  # the pattern has matched
+    return LinearSite(root, node, found.v, found.w, found.v.bias if bias is None else bias)
+
+
+def linear_site(node: Node) -> LinearSite | None:
+    """A linear with a quantized weight, without an addition behind it."""
     v = view(Linear, node)
     w = None if v is None else view(Dequantize, v.weight)
-    assert v is not None and w is not None  # the pattern has matched
-    return LinearSite(root, node, v, w, v.bias if bias is None else bias)
+    return None if v is None or w is None else LinearSite(node, node, v, w, v.bias)
 
 
 def added_bias(node: Node) -> Node | None:

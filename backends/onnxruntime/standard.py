@@ -17,6 +17,7 @@ from torch.fx import Node
 
 from qgraph.backends.onnxruntime.emit import Emitter
 from qgraph.errors import LoweringError
+from qgraph.onnx_values import onnx_dtype
 from qgraph.ops import Q
 from qgraph.pattern import Match, Op
 from qgraph.rewrite import Rewriter, Rule
@@ -109,9 +110,11 @@ def quantize(node: Node, rw: Rewriter) -> Node:
 def dequantize(node: Node, rw: Rewriter) -> Node:
     """DequantizeLinear. A constant moves into the narrowest ONNX type that holds it, unless an integer kernel reads it (int8)."""
     p, o = operands(node), Emitter(rw)
+    if p["group"] == -1:
+        return _float_rows(o, node, p)
     dtype = onnx_integer(p["dtype"]) if is_const(p["q"]) else p["dtype"]
-    if dtype not in ONNX_INTEGERS or p["group"] == -1:
-        raise LoweringError(f"{where(node)}: ONNX has no DequantizeLinear of {p['dtype']}{' per token' if p['group'] == -1 else ''}")
+    if dtype not in ONNX_INTEGERS:
+        raise LoweringError(f"{where(node)}: ONNX has no DequantizeLinear of {p['dtype']}")
     scale = const_value(p["scale"])
     q = _integers(o, p["q"], dtype, "integers", None)
     stored = is_const(p["q"])  # QGemm is made only where the weight has a zero point, be it all zeros
@@ -120,6 +123,16 @@ def dequantize(node: Node, rw: Rewriter) -> Node:
     since = _opset(dtype, p["axis"], p["group"], scale)
     extra = _attributes(p["axis"], p["group"])
     return o("DequantizeLinear", *operands_, like=node, dtype=_scale_type(p["scale"]), since=since, main=True, **extra)
+
+
+def _float_rows(o: Emitter, node: Node, p: dict[str, Any]) -> Node:
+    """(q - zero_point) * scale with a scale per row, which broadcasts; in float32, as the reference."""
+    kind = _scale_type(p["scale"]) or "float32"
+    y = o("Cast", p["q"], dtype="float32", like=node, to=int(onnx_dtype("float32")))
+    for op_type, by in (("Sub", p["zero_point"]), ("Mul", p["scale"])):
+        if by is not None:
+            y = o(op_type, y, o.cast(by, "float32"), dtype="float32", like=node, since=7, main=op_type == "Mul")
+    return o.cast(y, kind)
 
 
 def _scale_type(scale: Node) -> str | None:
@@ -138,9 +151,10 @@ def fake_quantize(node: Node, rw: Rewriter) -> Node:
 
 @lowers(Q.dynamic_quantize.default)
 def dynamic_quantize(node: Node, rw: Rewriter) -> Lowered:
-    """DynamicQuantizeLinear, which is uint8, asymmetric, one range per tensor, float32."""
+    """uint8, float32. Case 1: per token. Case 2: asymmetric per tensor, which is DynamicQuantizeLinear."""
     p, o = operands(node), Emitter(rw)
-    if (p["dtype"], p["symmetric"], p["axis"]) != ("uint8", False, None):
+    per_tensor = p["axis"] is None and not p["symmetric"]
+    if p["dtype"] != "uint8" or not (per_tensor or p["group"] == -1):
         per = "per token" if p["group"] == -1 else f"per group of {p['group']}" if p["group"] else "per tensor"
         kind = f"{p['dtype']} {'symmetric' if p['symmetric'] else 'asymmetric'} {per}"
         raise LoweringError(
@@ -149,9 +163,51 @@ def dynamic_quantize(node: Node, rw: Rewriter) -> Lowered:
     t = type_of(p["x"])
     half = t.dtype if t is not None and t.dtype in ("float16", "bfloat16") else None
     x = o.cast(p["x"], "float32") if half else p["x"]
+    if p["group"] == -1:
+        return _rows(o, x, symmetric=p["symmetric"], kind=half or "float32")
     found = o("DynamicQuantizeLinear", x, outputs=3, since=11, main=True)
     q, scale, zero = o.outputs(found, "uint8", "float32", "uint8")
     return q, o.cast(scale, half) if half else scale, zero
+
+
+SMALLEST_RANGE = {"float32": 1e-30, "bfloat16": 1e-30, "float16": 255 * 2.0**-24}
+"""Instead of the range of a row of zeros, whose integers are then its zero point, as they should be; its scale is no 0 in that type."""
+
+
+def _rows(o: Emitter, x: Node, *, symmetric: bool, kind: str) -> tuple[Node, Node, Node]:
+    """(uint8 rows of a float32 x, scale [..., 1] in the float type `kind`, zero point [..., 1]) as the reference has them.
+
+    One range per row is a blocked QuantizeLinear, which takes no longer than one per tensor."""
+    axes, least = o.const(torch.tensor([-1]), "axes"), o.const(torch.tensor(SMALLEST_RANGE[kind]), "least")
+
+    def rounded(scale: Node) -> Node:
+        return o.cast(o.cast(scale, kind), "float32")
+
+    high = o("ReduceMax", x, axes, dtype="float32", since=18, keepdims=1)
+    below = o("Neg", o("ReduceMin", x, axes, dtype="float32", since=18, keepdims=1), dtype="float32", since=6)
+    if symmetric:
+        reach = o("Max", high, below, least, dtype="float32", since=8)
+        scale = rounded(o("Div", reach, o.const(torch.tensor(127.0), "steps"), dtype="float32", since=7))
+        middle = o.const(torch.tensor([128], dtype=torch.uint8), "middle")
+        zero = o("Expand", middle, o("Shape", scale, dtype="int64"), dtype="uint8", since=8)
+    else:  # Clip and Relu are twice as fast as Max on so few numbers
+        below = o("Relu", below, dtype="float32", since=6)
+        extent = o("Add", o("Clip", high, least, dtype="float32", since=11), below, dtype="float32", since=7)
+        scale = rounded(o("Div", extent, o.const(torch.tensor(255.0), "steps"), dtype="float32", since=7))
+        zero = o("QuantizeLinear", below, scale, dtype="uint8", since=21, axis=-1, block_size=1)
+    return _row_integers(o, x, scale, zero), o.cast(scale, kind), zero
+
+
+def _row_integers(o: Emitter, x: Node, scale: Node, zero: Node) -> Node:
+    """saturate(round(x / scale) + zero): one QuantizeLinear, whose block is a row, where the length of rows is known."""
+    t = type_of(x)
+    length = t.shape[-1] if t is not None and t.shape else None
+    if isinstance(length, int) and length > 0:
+        return o("QuantizeLinear", x, scale, zero, dtype="uint8", like=x, since=21, main=True, axis=-1, block_size=length)
+    steps = o("Round", o("Div", x, scale, dtype="float32", since=7), dtype="float32", since=11)
+    codes = o("Add", steps, o.cast(zero, "float32"), dtype="float32", since=7)
+    bounds = (o.const(torch.tensor(v), "bound") for v in (0.0, 255.0))
+    return o("Cast", o("Clip", codes, *bounds, dtype="float32", since=11), dtype="uint8", like=x, main=True, to=int(onnx_dtype("uint8")))
 
 
 def leftovers(nodes: list[Node]) -> list[Node]:

@@ -21,6 +21,7 @@ EVERYWHERE = Placement(
     compute=(Linear, Conv),
     dynamic=(Linear, Conv),
     weight_only=(Linear, Conv, Embedding),
+    activation_only=(Linear, Conv),
     follow={Elementwise: frozenset({"add", "mul"}), Concat: ALL, Pool: frozenset({"average", "global_average"})},
     share={Pool: frozenset({"max"}), DataMovement: ALL},
     absorb=frozenset({"relu", "clip"}),

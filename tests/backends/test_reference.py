@@ -34,3 +34,21 @@ def test_a_reference_program_has_no_file_and_says_what_to_do(tmp_path):
         with pytest.raises(LoweringError, match="export with backend='onnxruntime'"):
             write(tmp_path / "x.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_activations_alone_can_be_integers_here():
+    x = torch.randn(4, 16)
+    net = Mlp().eval()
+    gm = qgraph.quantize(net, [(x,)], example_inputs=(x,), recipe="w32a8", backend="reference")
+    entries = list(gm.meta["qgraph"].ledger)
+    assert {e.decision for e in entries if e.role == "weight"} == {"float"}
+    assert {e.decision for e in entries if e.role == "x"} == {"uint8 asym per tensor"}
+    error = (gm(x) - net(x)).abs().max()
+    assert 0 < error < 0.1
+
+
+def test_zeroquant_is_groups_of_weights_and_tokens_of_activations():
+    x = torch.randn(4, 16)
+    gm = qgraph.quantize(Mlp().eval(), example_inputs=(x,), recipe="zeroquant", backend="reference")
+    decisions = {(e.role, e.decision) for e in gm.meta["qgraph"].ledger if e.role in ("weight", "x")}
+    assert decisions == {("weight", "int8 sym per group of 128 along axis 1"), ("x", "int8 sym per token dynamic")}

@@ -1,6 +1,6 @@
 """Scores and speed of a quantized ONNX file against the float one: one protocol for the tests and the demo."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
 
@@ -37,12 +37,22 @@ def sqnr_db(reference: np.ndarray, output: np.ndarray) -> float:
 
 def sentence_cosine(reference: np.ndarray, output: np.ndarray, mask: np.ndarray) -> float:
     """Mean cosine between mean-pooled sentence embeddings; hidden states [n, tokens, width], mask [n, tokens]."""
+    return float((embeddings(reference, mask) * embeddings(output, mask)).sum(1).mean())
 
-    def embed(hidden: np.ndarray) -> np.ndarray:
-        pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
-        return pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
 
-    return float((embed(reference) * embed(output)).sum(1).mean())
+def nearest_agreement(reference: np.ndarray, output: np.ndarray, mask: np.ndarray) -> float:
+    """Share of sentences whose nearest other sentence, by cosine of their embeddings, stays the same."""
+    nearest = []
+    for hidden in (reference, output):
+        e = embeddings(hidden, mask)
+        nearest.append((e @ e.T - 2 * np.eye(len(e))).argmax(1))
+    return float((nearest[0] == nearest[1]).mean())
+
+
+def embeddings(hidden: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Mean-pooled and normalised: [n, tokens, width] -> [n, width]."""
+    pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
+    return pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
 
 
 def top1_agreement(reference: np.ndarray, output: np.ndarray) -> float:
@@ -54,6 +64,11 @@ def character_accuracy(probabilities: np.ndarray, texts: list[str], alphabet: li
     """1 - edit distance / characters, of greedily decoded CTC output [n, steps, classes] where class 0 is the blank."""
     wrong = sum(edit_distance(decoded, text) for decoded, text in zip(ctc_decode(probabilities, alphabet), texts, strict=True))
     return 1 - wrong / sum(map(len, texts))
+
+
+def line_accuracy(probabilities: np.ndarray, texts: list[str], alphabet: list[str]) -> float:
+    """Share of lines that are decoded without a mistake."""
+    return float(np.mean([decoded == text for decoded, text in zip(ctc_decode(probabilities, alphabet), texts, strict=True)]))
 
 
 def ctc_decode(probabilities: np.ndarray, alphabet: list[str]) -> list[str]:
@@ -76,18 +91,31 @@ def edit_distance(a: str, b: str) -> int:
 def latency_ratio(
     float_path: Path | str, quantized_path: Path | str, shape: tuple[int, ...], *, runs: int = 40, warmup: int = 5, seconds: float = 5
 ) -> float:
-    """Median latency of the quantized file over that of the float one, the two run in turn so that drift hits both.
+    """Median latency of the quantized file over that of the float one; see `latency_ratios`."""
+    return latency_ratios(float_path, [quantized_path], shape, runs=runs, warmup=warmup, seconds=seconds)[0]
+
+
+def latency_ratios(
+    float_path: Path | str,
+    quantized_paths: Sequence[Path | str],
+    shape: tuple[int, ...],
+    *,
+    runs: int = 40,
+    warmup: int = 5,
+    seconds: float = 5,
+) -> list[float]:
+    """Median latency of each file over that of the float one, all run in turn so that drift hits them alike.
 
     At least `runs` of each, and as many as `seconds` hold, so that small models are not timed in one bad moment of a shared machine.
     Every input gets `shape`: token ids for integers (ones for a mask), unit normal values for floats."""
-    pair = session(float_path), session(quantized_path)
-    feeds = _random_feeds(pair[0], shape)
-    times: list[tuple[float, float]] = []
+    sessions = [session(path) for path in (float_path, *quantized_paths)]
+    feeds = _random_feeds(sessions[0], shape)
+    times: list[list[float]] = []
     end = perf_counter() + seconds
     while len(times) < warmup + runs or perf_counter() < end:
-        times.append((_timed(pair[0], feeds), _timed(pair[1], feeds)))
-    float_time, quantized_time = np.median(times[warmup:], axis=0)
-    return float(quantized_time / float_time)
+        times.append([_timed(run, feeds) for run in sessions])
+    medians = np.median(times[warmup:], axis=0)
+    return [float(m / medians[0]) for m in medians[1:]]
 
 
 def _timed(run: ort.InferenceSession, feeds: dict[str, np.ndarray]) -> float:

@@ -1,12 +1,14 @@
 """insert_fake_quant: observers and noted formats become fake_quantize, on both dialects."""
 
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from qgraph.backends.onnxruntime.placement import PLACEMENT
-from qgraph.errors import CalibrationError
+from qgraph.errors import CalibrationError, RecipeError
+from qgraph.ledger import state
 from qgraph.observe import Observer
 from qgraph.passes.insert_fake_quant import InsertFakeQuant
 from qgraph.passes.insert_observers import InsertObservers
@@ -115,6 +117,50 @@ def test_declines_an_observer_without_data() -> None:
     gm, _ = from_torch(linear(), X)
     with pytest.raises(CalibrationError, match="'input_1' has no range: it was never observed"):
         InsertFakeQuant()(prepared(gm, "w8a8"))
+
+
+@pytest.mark.parametrize("recipe", ["w4a16-g32", "w4a8", "w4a8-dynamic-tensor"])
+@pytest.mark.parametrize("origin", ["torch", "onnx"])
+def test_weight_ranges_are_chosen_as_the_recipe_says(recipe: str, origin: str) -> None:
+    weight = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
+    x = torch.ones(2, 128)
+    error = {}
+    for kind in ("minmax", "mse"):
+        gm = _one_linear(origin, weight)
+        InsertObservers(load_recipe(recipe, [f"weight_range={kind}"]), PLACEMENT)(gm)
+        gm(x)
+        InsertFakeQuant(weight_range=kind)(gm)
+        (node,) = [n for n in gm.graph.nodes if "fake_quantize" in str(n.target) and n.args[0].op == "get_attr"]
+        value, scale, zero_point, *rest = [getattr(gm, a.target).detach() if isinstance(a, Node) else a for a in node.args]
+        error[kind] = float((node.target(value, scale, zero_point, *rest) - value).square().sum())
+    assert error["mse"] < 0.95 * error["minmax"]
+
+
+def _one_linear(origin: str, weight: Tensor) -> GraphModule:
+    if origin == "onnx":
+        model = onnx.parser.parse_model(
+            '<ir_version: 10, opset_import: ["": 21]> g (float[2,128] x) => (float[2,8] y) { y = Gemm <transB = 1> (x, w) }'
+        )
+        model.graph.initializer.append(onnx.numpy_helper.from_array(weight.numpy(), "w"))
+        return from_onnx(model, torch.ones(2, 128))[0]
+    net = nn.Linear(128, 8)
+    with torch.no_grad():
+        net.weight.copy_(weight)
+    return from_torch(net, torch.ones(2, 128))[0]
+
+
+def test_an_unknown_weight_range_fails_before_data() -> None:
+    with pytest.raises(RecipeError, match="unknown observer 'mes'; did you mean 'mse'"):
+        InsertObservers(load_recipe("w8a8", ["weight_range=mes"]), PLACEMENT)
+    with pytest.raises(RecipeError, match="observer 'mse' has no option 'bits'"):
+        InsertObservers(load_recipe("w8a8", ["weight_range=mse", "weight_range_options.bits=3"]), PLACEMENT)
+
+
+def test_the_recipe_of_a_prepared_graph_says_which_pass_it_takes() -> None:
+    gm, _ = from_torch(linear(), X)
+    assert InsertFakeQuant.of(gm) == InsertFakeQuant()
+    state(gm).recipe = load_recipe("w8a8", ["weight_range=mse", "weight_range_options.bins=64"])
+    assert InsertFakeQuant.of(gm) == InsertFakeQuant("mse", {"bins": 64})
 
 
 def test_no_observer_is_left() -> None:

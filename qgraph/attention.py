@@ -1,0 +1,91 @@
+"""Attention that is written as a chain, in either dialect: matmul(softmax(scale * matmul(q, transpose(k)) + mask), v)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import Node
+
+from qgraph.formula import kind_of, unscaled
+from qgraph.views import DataMovement, Elementwise, Linear, Softmax, view
+
+
+@dataclass(frozen=True)
+class Found:
+    """softmax(scale * q k^T + mask) v with q [B, H, L, D], k [B, H, S, D], v [B, H, S, E], all of one float type.
+
+    k has these axes in the order `k_perm` of its own (None: as they are), since exporters join the transposition of the product with
+    the one that splits the heads. `mask` is added, of q's type, and broadcasts to [B, H, L, S]. `scale` is the product of all constant factors
+    on q, on k and on the product, 1 / sqrt(D) being one of them. `nodes` is the chain in order, from the first node behind q or k to
+    the last product; no other node reads a value of it, but for those on the way from k and q to the first product."""
+
+    q: Node
+    k: Node
+    v: Node
+    mask: Node | None
+    scale: float
+    nodes: tuple[Node, ...]
+    k_perm: tuple[int, ...] | None = None
+
+
+def find_attention(node: Node) -> Found | None:
+    """The attention whose last product is `node`; None where it is not one, or not with four axes each and single use inside.
+
+    A mask in another form than a sum (where, masked_fill) is none of this: rows that it blocks wholly come out otherwise."""
+    last = _product(node)
+    weights = None if last is None else view(Softmax, last.x)
+    if last is None or weights is None or weights.log or weights.axis not in (-1, 3) or len(last.x.users) != 1:
+        return None
+    scores, mask, inner = _unmask(weights.x)
+    scores, scale, outer = unscaled(scores)
+    first = _product(scores)
+    between = (scores, *outer, *inner)
+    if first is None or any(len(n.users) != 1 for n in between):
+        return None
+    q, of_q, on_q = unscaled(first.x)
+    k, of_k, perm, on_k = _keys(first.weight)
+    if _floats(q, k, last.weight) is None or (mask is not None and _floats(q) != kind_of(mask)):
+        return None
+    nodes = (*on_q, *on_k, *between, last.x, node)
+    return Found(q, k, last.weight, mask, scale * of_q * of_k, nodes, None if perm == (0, 1, 2, 3) else perm)
+
+
+def _product(node: Any) -> Linear | None:
+    """A product of two tensors of four axes, [.., L, D] times [.., D, S]."""
+    found = view(Linear, node)
+    if found is None or found.bias is not None or (found.x_axis, found.in_axis, found.alpha) != (-1, -2, 1.0):
+        return None
+    return found if all(kind_of(n)[1] == 4 for n in (found.x, found.weight, node)) else None
+
+
+def _unmask(node: Node) -> tuple[Node, Node | None, tuple[Node, ...]]:
+    """(scores, mask, nodes) of a sum of scores, which end in a product, with something that broadcasts to them."""
+    found = view(Elementwise, node)
+    if found is None or found.kind != "add" or len(found.inputs) != 2:
+        return node, None, ()
+    for scores, mask in (found.inputs, found.inputs[::-1]):
+        if isinstance(scores, Node) and isinstance(mask, Node) and _product(unscaled(scores)[0]) and kind_of(scores) == kind_of(node):
+            return scores, mask, (node,)
+    return node, None, ()
+
+
+def _keys(node: Node) -> tuple[Node, float, tuple[int, ...], tuple[Node, ...]]:
+    """What is transposed and scaled into k^T: (source, factor, axes of the source in the order of k, nodes)."""
+    perm: tuple[int, ...] = (0, 1, 3, 2)
+    factor, nodes = 1.0, tuple[Node, ...]()
+    while True:
+        node, more, scaling = unscaled(node)
+        factor, nodes = factor * more, (*scaling, *nodes)
+        moved = view(DataMovement, node)
+        if moved is None or moved.kind != "transpose" or moved.perm is None or perm == (0, 1, 2, 3):
+            return node, factor, perm, nodes
+        perm, nodes = tuple(moved.perm[axis] for axis in perm), (node, *nodes)
+        node = moved.x
+
+
+def _floats(*nodes: Node) -> tuple[str | None, int | None] | None:
+    """The type that all of them have, if it is a float's."""
+    kinds = {kind_of(n) for n in nodes}
+    kind = kinds.pop()
+    return kind if not kinds and kind[0] is not None and "float" in kind[0] else None

@@ -1,0 +1,67 @@
+"""Rounding rows against second moments."""
+
+import itertools
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qgraph.hessian import Grid, best_factor, cost, round_rows
+
+
+def problem(seed, groups=3, rows=4, columns=6, points=40):
+    g = torch.Generator().manual_seed(seed)
+    mix = torch.randn(groups, columns, columns, generator=g, dtype=torch.float64)
+    x = mix @ torch.randn(groups, columns, points, generator=g, dtype=torch.float64)
+    w = torch.randn(groups, rows, columns, generator=g, dtype=torch.float64)
+    scale = 0.2 + torch.rand(groups, rows, 1, generator=g, dtype=torch.float64)
+    zero = torch.randint(-2, 3, (groups, rows, 1), generator=g).double()
+    return w, x @ x.mT / points, Grid(scale, zero, -8, 7)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), columns=st.integers(1, 9), points=st.integers(1, 40))
+def test_rounded_rows_lie_on_the_grid_and_are_never_worse_than_the_nearest(seed: int, columns: int, points: int) -> None:
+    w, h, grid = problem(seed, columns=columns, points=points)
+    found = round_rows(w, h, grid, block=4)
+    torch.testing.assert_close(found, grid.nearest(found))
+    assert bool((cost(found - w, h) <= cost(grid.nearest(w) - w, h) + 1e-12).all())
+
+
+def test_correlated_columns_gain_much() -> None:
+    better = []
+    for seed in range(10):
+        w, h, grid = problem(seed, columns=24, points=400)
+        better.append(cost(round_rows(w, h, grid) - w, h).sum() / cost(grid.nearest(w) - w, h).sum())
+    assert float(torch.stack(better).median()) < 0.6
+
+
+def test_groups_and_blocks_do_not_mix() -> None:
+    w, h, grid = problem(1, columns=9)
+    whole = round_rows(w, h, grid, block=64)
+    torch.testing.assert_close(whole, round_rows(w, h, grid, block=2))
+    apart = [round_rows(w[i : i + 1], h[i : i + 1], Grid(grid.scale[i : i + 1], grid.zero[i : i + 1], -8, 7)) for i in range(len(w))]
+    torch.testing.assert_close(whole, torch.cat(apart))
+
+
+def test_two_columns_come_close_to_the_best_of_all_roundings() -> None:
+    w, h, grid = problem(3, groups=1, rows=1, columns=2)
+    numbers = (torch.arange(-8, 8).double() - grid.zero[0, 0, 0]) * grid.scale[0, 0, 0]
+    best = min(float(cost(torch.tensor([[list(q)]], dtype=torch.float64) - w, h)) for q in itertools.product(numbers.tolist(), repeat=2))
+    assert float(cost(round_rows(w, h, grid, damp=1e-6) - w, h)) <= 1.5 * best
+
+
+def test_dead_columns_do_no_harm() -> None:
+    w, h, grid = problem(5)
+    h[:, 2], h[:, :, 2] = 0, 0
+    assert bool(round_rows(w, h, grid).isfinite().all())
+    assert bool(round_rows(w, torch.zeros_like(h), grid).isfinite().all())
+
+
+def test_the_best_factor_clips_an_outlier_only_where_it_pays() -> None:
+    w = torch.tensor([[[10.0, *[0.4] * 15], [10.0] * 16]], dtype=torch.float64)
+    grid = Grid(torch.full((1, 2, 1), 10 / 7, dtype=torch.float64), torch.zeros(1, 2, 1, dtype=torch.float64), -7, 7)
+    h = torch.eye(16, dtype=torch.float64)[None]
+    h[0, 0, 0] = 1e-3
+    outlier, flat = best_factor(w, h, grid, [1.0, 0.9, 0.28]).flatten().tolist()
+    assert outlier < 1 and flat == 1

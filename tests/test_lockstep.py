@@ -1,0 +1,117 @@
+"""lockstep: both models side by side, stopped where something is to be changed."""
+
+import pytest
+import torch
+
+import qgraph
+from qgraph.errors import CalibrationError
+from qgraph.layers import layers
+from qgraph.lockstep import lockstep
+from qgraph.pipeline import Context
+from tests.simulated import ConvNet, images, simulated
+from tests.small import mlp_proto, samples
+
+
+def sites_of(graph):
+    return layers(graph, Context(), by="test")
+
+
+def last_outputs(graph, batches, **options):
+    """(float, quantized) output of the last layer, which is the model's, for each batch."""
+    sites = sites_of(graph)
+    found = []
+    for at in lockstep(graph, sites, batches, **options):
+        x = sites[at.node].view.x
+        found = [at.call(x, *pair) for pair in at.values(x)]
+    return [torch.cat(side) for side in zip(*found, strict=True)]
+
+
+def rows_of(x):
+    return sorted(map(tuple, x.tolist()))
+
+
+def close(a, b):
+    torch.testing.assert_close(torch.tensor(rows_of(a)), torch.tensor(rows_of(b)), rtol=1e-4, atol=1e-4)
+
+
+def test_one_side_is_the_float_model_and_the_other_the_quantized_one() -> None:
+    net, batches = ConvNet().eval(), images(6)
+    graph = simulated(net, batches)
+    floats, quantized = last_outputs(graph, batches)
+    x = torch.cat([b[0] for b in batches])
+    with torch.no_grad():
+        close(floats, net(x))
+        close(quantized, torch.cat([graph(*b) for b in batches]))
+    assert not torch.allclose(floats, quantized, atol=1e-3)
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", "w8a8-dynamic"])
+def test_onnx_graphs_with_static_and_dynamic_ranges(recipe: str) -> None:
+    batches = [{"x": x[None]} for x in samples(8)]
+    graph = simulated(mlp_proto(), batches, recipe)
+    floats, quantized = last_outputs(graph, batches)
+    float_graph = qgraph.from_onnx(mlp_proto())
+    rows = [torch.from_numpy(b["x"]) for b in batches]
+    close(floats, torch.cat([_first(float_graph(x)) for x in rows]))
+    close(quantized, torch.cat([_first(graph(x)) for x in rows]))
+    assert not torch.allclose(floats, quantized, atol=1e-4)
+
+
+def _first(value):
+    return value[0] if isinstance(value, tuple | list) else value
+
+
+def test_what_is_changed_at_a_site_is_seen_by_what_follows_on_the_quantized_side_alone() -> None:
+    batches = images(4)
+    graph = simulated(ConvNet(), batches)
+    before = last_outputs(graph, batches)
+    sites = sites_of(graph)
+    first = next(iter(sites))
+    for at in lockstep(graph, sites, batches):
+        layer = sites[at.node]
+        if at.node is first:
+            layer.set_bias(graph, layer.bias() + 1, by="test")
+        after = [torch.cat(side) for side in zip(*(at.call(layer.view.x, *p) for p in at.values(layer.view.x)), strict=True)]
+    close(after[0], before[0])
+    assert not torch.allclose(after[1], before[1], atol=1e-2)
+    close(last_outputs(graph, batches)[0], before[0])  # a later sweep still knows the float model
+
+
+def test_early_layers_see_fewer_samples_when_memory_is_short_and_later_ones_all() -> None:
+    batches = images(8)
+    graph = simulated(ConvNet(), batches)
+    seen = {b: [len(list(at.values(n.view.x))) for at, n in _walk(graph, batches, b)] for b in (1, 40_000, 2**28)}
+    assert set(seen[2**28]) == {8}
+    assert seen[40_000][0] < 8 and seen[40_000][-1] == 8 and seen[40_000] == sorted(seen[40_000])
+    assert seen[1] == [1] * len(seen[1])
+
+
+def _walk(graph, batches, budget):
+    sites = sites_of(graph)
+    return ((at, sites[at.node]) for at in lockstep(graph, sites, batches, budget=budget))
+
+
+def test_a_stop_holds_only_what_is_read_later() -> None:
+    batches = images(3)
+    for at, layer in _walk(simulated(ConvNet(), batches), batches, 2**28):
+        held = [values for pair in at.envs for values in pair]
+        assert all(len(values) == 1 for values in held), (at.node, layer)
+
+
+def test_samples_are_spread_over_the_data_and_bounded() -> None:
+    batches = images(40)
+    graph = simulated(ConvNet(), batches)
+    sites = sites_of(graph)
+    at = next(lockstep(graph, sites, batches, samples=4))
+    inputs = [x for x, _ in at.values(sites[at.node].view.x)]
+    positions = sorted(next(i for i, (b,) in enumerate(batches) if torch.equal(b, x)) for x in inputs)
+    assert len(positions) == 4 and positions[0] < 10 and positions[-1] >= 20
+
+
+def test_no_data_is_an_error() -> None:
+    batches = images(2)
+    graph = simulated(ConvNet(), batches)
+    with pytest.raises(CalibrationError, match="batches are empty"):
+        next(lockstep(graph, sites_of(graph), []))
+    with pytest.raises(CalibrationError, match="needs calibration data"):
+        next(lockstep(graph, sites_of(graph), None, label="stage x"))
