@@ -1,9 +1,9 @@
 """Passes: one file each; see README.md here for the catalogue and how to write one."""
 
 from qgraph.passes.absorb_activation import AbsorbActivation
-from qgraph.passes.absorb_high_bias import AbsorbHighBias
+from qgraph.passes.absorb_high_bias import AbsorbFromMoments, AbsorbHighBias
 from qgraph.passes.as_onnx import as_onnx_pass
-from qgraph.passes.bias_correct import BiasCorrect
+from qgraph.passes.bias_correct import BiasCorrect, CorrectFromMoments
 from qgraph.passes.canonicalize import Canonicalize
 from qgraph.passes.equalize import Equalize
 from qgraph.passes.fold_batch_norm import FoldBatchNorm
@@ -17,6 +17,7 @@ from qgraph.passes.insert_observers import InsertObservers
 from qgraph.passes.merge_equal import MergeEqual
 from qgraph.passes.mixed import Mixed
 from qgraph.passes.open_attention import OpenAttention
+from qgraph.passes.ranges_from_moments import RangesFromMoments
 from qgraph.passes.recompose import Recompose
 from qgraph.passes.reduce_range import ReduceRange
 from qgraph.passes.relax_clip import RelaxClip
@@ -27,9 +28,11 @@ from qgraph.passes.smooth_quant import SmoothQuant
 
 __all__ = [
     "AbsorbActivation",
+    "AbsorbFromMoments",
     "AbsorbHighBias",
     "BiasCorrect",
     "Canonicalize",
+    "CorrectFromMoments",
     "Equalize",
     "FoldBatchNorm",
     "FoldConstants",
@@ -42,6 +45,7 @@ __all__ = [
     "MergeEqual",
     "Mixed",
     "OpenAttention",
+    "RangesFromMoments",
     "Recompose",
     "ReduceRange",
     "RelaxClip",

@@ -19,7 +19,7 @@ from qgraph.annotate import labels
 from qgraph.diagonal import Group, Member, diagonals
 from qgraph.edit import graph_modules
 from qgraph.ledger import Entry, Ledger, state
-from qgraph.migrate import migrate
+from qgraph.migrate import migrate, misfit
 from qgraph.pipeline import EQUIVALENT, Context, Contract, Pass
 from qgraph.rewrite import BISECTION
 from qgraph.text import path_of, target_name
@@ -55,11 +55,12 @@ class Equalize(Pass):
             ledger.record(Entry(names[node], target_name(node), "scale", "unchanged", self.name, reason))
         count = 0
         for g, s in zip(chosen, self._factors(chosen), strict=True):
-            changed = bool(((s - 1).abs() > SETTLED).any()) and BISECTION.allows(self.name, g.consumers[0].node)
+            obstacle = "its ranges are balanced already" if bool(((s - 1).abs() <= SETTLED).all()) else misfit(g, 1 / s)
+            changed = obstacle is None and BISECTION.allows(self.name, g.consumers[0].node)
             decision = f"equalized over {len(g.producers)} writers, {len(g.consumers)} readers" if changed else "unchanged"
             writers = ", ".join(path_of(m.node) for m in g.producers)
             for m in g.consumers:
-                reason = f"ranges balanced with {writers}" if changed else "its ranges are balanced already"
+                reason = f"ranges balanced with {writers}" if changed else obstacle or "held back by bisection"
                 ledger.record(Entry(names[m.node], target_name(m.node), "scale", decision, self.name, reason))
             count += migrate(part, g, 1 / s, by=self.name) if changed else 0
         return count

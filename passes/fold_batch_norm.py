@@ -6,7 +6,8 @@ The shift before a convolution folds only where nothing is padded: padding puts 
 all channels still does:                W (s x + t) + b  =  (s W) (x + t / s) + b
 
 A batch norm is s = weight / sqrt(var + eps), t = bias - mean s. Mul, Div, Add and Sub by constants, which exporters leave of a batch norm,
-are the cases t = 0 and s = 1. Constants are computed in float64 and rounded once.
+are the cases t = 0 and s = 1. What a batch norm tells of values stays
+with their nodes (moments.py): mean = bias and deviation = |weight| of its result, running statistics of what it reads. Constants are computed in float64 and rounded once.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node, map_arg
 
+from qgraph.moments import MOMENTS, Moments, normal
 from qgraph.pattern import Const, Inputs, Match, OneOf, Op, Opt, Var
 from qgraph.pipeline import EQUIVALENT, Context, Contract, Pass
 from qgraph.rewrite import Rewriter, rule
@@ -54,6 +56,9 @@ class Affine:
         return max(self.scale.numel(), self.shift.numel()) > 1
 
 
+_ONE, _ZERO = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+
+
 def affine(node: Node, axis: int, channels: int, rank: int) -> Affine | None:
     """The node as scale and shift along `axis` (negative) of a value of at least this rank; None when it is something else."""
     if (norm := view(BatchNorm, node)) is not None:
@@ -72,10 +77,9 @@ def affine(node: Node, axis: int, channels: int, rank: int) -> Affine | None:
 
 
 def _by_constant(kind: str, x: Node, c: Tensor) -> Affine:
-    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     if kind in ("mul", "div"):
-        return Affine(x, c if kind == "mul" else 1 / c, zero)
-    return Affine(x, one, c if kind == "add" else -c)
+        return Affine(x, c if kind == "mul" else 1 / c, _ZERO)
+    return Affine(x, _ONE, c if kind == "add" else -c)
 
 
 def _batch_norm(norm: BatchNorm) -> Affine | None:
@@ -191,6 +195,7 @@ def fold_after(m: Match, rw: Rewriter) -> Node | tuple[Node, None, None] | None:
         return None
     scales, shifts = bool((found.scale != 1).any()), bool(found.shift.any())
     weight = layer.scaled(found.scale, layer.view.out_axis) if scales else None
+    kept = _moments(m.root, m.op, found, layer.output_axis)
     several = isinstance(m.root.meta.get("val"), tuple | list)
     if several and any(u.target is not operator.getitem or u.args[1] != 0 for u in m.root.users):
         rw.decline("its other outputs are read")
@@ -198,7 +203,23 @@ def fold_after(m: Match, rw: Rewriter) -> Node | tuple[Node, None, None] | None:
     new = layer.rebuilt(like=m.op, weight=weight, bias=bias)
     if new is None and scales:
         rw.decline(f"{m.op.target} takes no bias for the shift")
+    if new is not None and kept is not None:
+        new.meta[MOMENTS] = kept
     return (new, None, None) if several and new is not None else new
+
+
+def _moments(root: Node, layer: Node, found: Affine, axis: int) -> Moments | None:
+    """What is known of the value of `root`, in which an affine function of `layer` ends."""
+    kept: Moments | None = layer.meta.get(MOMENTS)
+    if (norm := view(BatchNorm, root)) is not None:
+        bias, weight = (default if c is None else _value(c).double() for c, default in ((norm.bias, _ZERO), (norm.weight, _ONE)))
+        return normal(_along(bias.expand(found.scale.shape), axis), _along(weight.abs(), axis))
+    return None if kept is None else kept.times(_along(found.scale, axis)).plus(_along(found.shift, axis))
+
+
+def _along(values: Tensor, axis: int) -> Tensor:
+    """One value per index of the axis, counted from the end."""
+    return values.reshape(-1, *[1] * (-1 - axis))
 
 
 PRE = OneOf(Op(BatchNorm, "pre", single_use=True), Op(Elementwise, "pre", single_use=True))
@@ -223,6 +244,9 @@ def fold_before(m: Match, rw: Rewriter) -> Node | None:
     weight = layer.scaled(found.scale, layer.view.in_axis) if bool((found.scale != 1).any()) else None
     bias = layer.beta * layer.bias() + layer.response(found.shift) if shifts else None
     new = layer.rebuilt(like=m.op, weight=weight, bias=bias, x=found.x)
+    if (norm := view(BatchNorm, m.pre)) is not None:
+        seen = normal(*(_along(t, layer.input_axis) for t in (_value(norm.mean).double(), _value(norm.var).double().sqrt())))
+        found.x.meta.setdefault(MOMENTS, seen)
     return new if new is not None else rw.decline(f"{m.op.target} takes no bias for the shift")
 
 

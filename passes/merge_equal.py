@@ -12,6 +12,7 @@ from qgraph.edit import has_writes
 from qgraph.onnx_data_views import is_inference_dropout
 from qgraph.pipeline import EXACT, Context, Contract, Pass
 from qgraph.rewrite import BISECTION, graph_modules, is_pure, replace
+from qgraph.text import ALSO, path_of
 from qgraph.types import attribute
 from qgraph.views import key
 
@@ -24,7 +25,7 @@ class MergeEqual(Pass):
     """Common subexpressions, each body of control flow for itself. What draws numbers stays, and so does a graph with in-place ops.
 
     Two calls are equal when target, operands and attributes are: the same values, the same stored tensor, or small constants
-    of one type with the same bits (not parameters that train: they may grow apart)."""
+    of one type with the same bits (not parameters that train: they may grow apart). Rules still find it by either name."""
 
     contract: ClassVar[Contract] = EXACT
 
@@ -40,6 +41,7 @@ class MergeEqual(Pass):
                 continue
             first = known.setdefault((node.target, _frozen(node.args, constants), _frozen(node.kwargs, constants)), node)
             if first is not node and BISECTION.allows(self.name, node):
+                first.meta[ALSO] = (*first.meta.get(ALSO, ()), path_of(node), node.name, *node.meta.get(ALSO, ()))
                 replace(node, first)
                 count += 1
         if count:

@@ -9,32 +9,42 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice, takewhile
 from typing import ClassVar, Literal
 
 from torch.fx import GraphModule, Node
 
-from qgraph.annotate import OVERRIDE, Override
+from qgraph.backend import Placement
 from qgraph.edit import copy_graph, graph_modules
+from qgraph.effects import Effects, Place
 from qgraph.errors import RecipeError
+from qgraph.formats import OVERRIDE, SITES, Override, run_time_format
+from qgraph.isolate import Isolated, source
 from qgraph.ledger import state
-from qgraph.losses import Loss, Sensitivity, losses
+from qgraph.losses import Loss, Sensitivity, decibel, losses
 from qgraph.observe import Observer
 from qgraph.passes.insert_fake_quant import InsertFakeQuant
 from qgraph.passes.insert_observers import InsertObservers
-from qgraph.pipeline import EXACT, Context, Contract, Pass
-from qgraph.recipe import Recipe
+from qgraph.pipeline import EXACT, Context, Contract, Pass, Pipeline
 from qgraph.sweep import sweep
+from qgraph.types import QSpec
+from qgraph.views import view_any
+
+LESS = 1.0
+"""dB that ranges found at run time must gain to be worth their time."""
 
 
 @dataclass(frozen=True)
 class Mixed(Pass):
     """The stage `+mixed`. Which operations go back:
 
-    1. metric "sqnr" with `threshold`: those that lose more, alone, than `threshold` dB allow.
-    2. metric "sqnr" without: the worst `fraction` of all, rounded up.
-    3. metric "iqr": those whose input has an outlying interquartile range (hybrid quantization).
-    At most `keep` of them, the worst first. One with a static range gets its range at run time instead if the backend has a kernel for
-    that and it then loses no more than what is allowed (case 1), than the first that stays (2), or 6 dB (a bit) less than before (3).
+    1. `target`, dB of the model's outputs: those that gain most for what they cost, until the sum of what all operations lose alone
+       is that small. Operations that read the same value go together. The model runs twice on `samples` samples for each of them.
+    2. `threshold`, dB: those whose own output loses more, when they alone are quantized.
+    3. neither, metric "sqnr": the worst `fraction` of all, rounded up, by the same measure.
+    4. metric "iqr": those whose input has an outlying interquartile range (hybrid quantization).
+    At most `keep` of them, the worst first. A static range gives way to ranges found at run time (per row where the backend can) if these
+    lose less; else the operation goes to float, in case 2 only if it is more than `slack` dB below the threshold.
 
     Raises RecipeError outside a recipe, whose formats it needs, and for options without meaning; CalibrationError without data."""
 
@@ -43,9 +53,12 @@ class Mixed(Pass):
     needs_data: ClassVar[bool] = True
 
     metric: Literal["sqnr", "iqr"] = "sqnr"
+    target: float | None = None
     threshold: float | None = None
     fraction: float = 0.1
     keep: int | None = None
+    slack: float = 6.0
+    samples: int = 16
 
     def __post_init__(self) -> None:
         if self.metric not in ("sqnr", "iqr"):
@@ -61,45 +74,119 @@ class Mixed(Pass):
         observe = next((p for p in state(gm).pending if isinstance(p, InsertObservers)), None)
         if observe is None:
             raise RecipeError("stage mixed looks at the formats of a recipe: name it in one, such as w8a8+mixed, and call qgraph.calibrate")
+        trial = _trial(gm, observe, ctx)
+        if self.target is not None:
+            found = effective(Effects(trial, ctx.data or (), samples=self.samples), observe.placement, self.target)
+        else:
+            found = self.chosen(losses(trial, ctx.data, placement=observe.placement, progress=ctx.progress))
         nodes = {(i, n.name): n for i, part in enumerate(parts) for n in part.graph.nodes}
-        count = 0
-        for row, limit in self.chosen(_measured(gm, observe, ctx)):
-            override(nodes[row.place], observe.recipe, row, limit, by=f"stage {self.name}")
-            count += 1
-        return count
+        return sum(_override(nodes[change.place], observe, change) for change in islice(found, self.keep))
 
-    def chosen(self, found: Sensitivity) -> Iterator[tuple[Loss, float]]:
-        """(operation, the SQNR in dB from which it may stay quantized)"""
+    def chosen(self, found: Sensitivity) -> Iterator[Change]:
+        """By what operations lose themselves."""
         worst = [row for row in found if row.sqnr < math.inf]
         if self.metric == "iqr":
-            some = [(row, row.sqnr + 6.02) for row in worst if row.outlier]
+            yield from (_change(row, row.sqnr + LESS) for row in worst if row.outlier)
         elif self.threshold is not None:
-            some = [(row, self.threshold) for row in worst if row.sqnr < self.threshold]
+            low = self.threshold - self.slack
+            for row in worst:
+                change = _change(row, max(low, row.sqnr + LESS))
+                if row.sqnr < self.threshold and (change.run_time or row.sqnr < low):
+                    yield change
         else:
             count = math.ceil(self.fraction * len(found))
             limit = worst[count].sqnr if count < len(worst) else math.inf
-            some = [(row, limit) for row in worst[:count]]
-        yield from some[: self.keep]
+            yield from (_change(row, limit - self.slack) for row in worst[:count])
 
 
-def override(node: Node, recipe: Recipe, row: Loss, limit: float, *, by: str) -> None:
-    """Notes that `node` is to be computed at higher precision, and why."""
+@dataclass(frozen=True)
+class Change:
+    """An operation that goes back, to ranges found at run time or to float, and why."""
+
+    place: Place
+    run_time: bool
+    reason: str
+
+
+def _change(row: Loss, least: float) -> Change:
+    """Ranges found at run time must reach `least` dB."""
     lost = f"{row.sqnr:.1f} dB when quantized alone" + (f", interquartile range {row.iqr:.3g}" if row.outlier else "")
-    dynamic = recipe.activations if row.run_time_sqnr is not None and row.run_time_sqnr >= limit else None
-    if dynamic is not None:
-        at_run_time = replace(dynamic, dynamic=True)
-        node.meta[OVERRIDE] = Override(
-            recipe.weights, at_run_time, f"{by} ({lost}, {row.run_time_sqnr:.1f} dB with a range found at run time)"
-        )
-    else:
-        node.meta[OVERRIDE] = Override(None, None, f"{by} ({lost})")
+    if row.run_time_sqnr is None or row.run_time_sqnr < max(least, row.sqnr):
+        return Change(row.place, False, lost)
+    return Change(row.place, True, f"{lost}, {row.run_time_sqnr:.1f} dB with ranges found at run time")
 
 
-def _measured(gm: GraphModule, observe: InsertObservers, ctx: Context) -> Sensitivity:
+def effective(effects: Effects, placement: Placement, target: float) -> Iterator[Change]:
+    """By what the model's outputs lose: steps of what gains most for its cost, until the sum is within `target` dB."""
+    readers: dict[Node, list[Place]] = {}
+    for place, site in effects.sites.items():
+        readers.setdefault(source(site.x), []).append(place)
+    steps = {value: _Steps.of(effects, places, placement) for value, places in readers.items()}
+    total, allowed = sum(s.losses[0] for s in steps.values()), 10 ** (-target / 10)
+    while total > allowed and steps:
+        value = max(steps, key=lambda v: steps[v].worth)
+        now = steps.pop(value)
+        total -= now.gain
+        if len(now.losses) > 2:
+            steps[value] = replace(now, losses=now.losses[1:])
+        for place in now.places:
+            yield Change(place, len(now.losses) > 2, f"costs the output {_db(now.losses[0])}, {_db(now.losses[1])} afterwards")
+
+
+FLOAT_COSTS = 4.0
+"""What it costs to compute an operation in float, where ranges found at run time cost 1."""
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """Operations that read one value, and what they lose together: now, [with ranges found at run time,] in float."""
+
+    places: tuple[Place, ...]
+    losses: tuple[float, ...]
+
+    @property
+    def gain(self) -> float:
+        return self.losses[0] - self.losses[1]
+
+    @property
+    def worth(self) -> float:
+        return self.gain if len(self.losses) > 2 else self.gain / FLOAT_COSTS
+
+    @staticmethod
+    def of(effects: Effects, places: list[Place], placement: Placement) -> _Steps:
+        static = sum(effects.alone(p) for p in places)
+        specs = [_run_time_spec(effects.sites[p], placement) for p in places]
+        at_run_time = sum(effects.alone(p, spec) for p, spec in zip(places, specs, strict=True)) if None not in specs else math.inf
+        gains = at_run_time < static * 10 ** (-LESS / 10)
+        return _Steps(tuple(places), (static, at_run_time, 0.0) if gains else (static, 0.0))
+
+
+def _run_time_spec(site: Isolated, placement: Placement) -> QSpec | None:
+    """None where the range is found at run time already, or where the backend has nothing of the kind."""
+    x = site.formats[1]
+    found = run_time_format(view_any(SITES, site.node), placement) if x is not None and not x.dynamic else None
+    return None if found is None else found.activation_spec()
+
+
+def _db(share: float) -> str:
+    return f"{decibel(1.0, share):.1f} dB"
+
+
+def _override(node: Node, observe: InsertObservers, change: Change) -> int:
+    format = run_time_format(view_any(SITES, node), observe.placement) if change.run_time else None
+    weights = observe.recipe.weights if change.run_time else None
+    node.meta[OVERRIDE] = Override(weights, format, f"stage {Mixed.name} ({change.reason})")
+    return 1
+
+
+def _trial(gm: GraphModule, observe: InsertObservers, ctx: Context) -> GraphModule:
+    """The graph as it would be quantized, behind the stages that are still to change the float graph: what they mend is not sent back."""
     trial = copy_graph(gm)
+    waiting = [p for p in takewhile(lambda p: p is not observe, state(gm).pending) if not isinstance(p, Mixed)]
+    Pipeline(*waiting).run(trial, Context(data=ctx.data, progress=ctx.progress))
     state(trial).pending, state(trial).recipe = (), observe.recipe
     observe.run(trial, Context())
     if any(isinstance(m, Observer) for m in trial.modules()):
         sweep(trial, ctx.data if ctx.data is not None else (), label="ranges", progress=ctx.progress)
     InsertFakeQuant.of(trial).run(trial, Context())
-    return losses(trial, ctx.data, run_time=observe.placement.dynamic, progress=ctx.progress)
+    return trial

@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import os
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
@@ -33,6 +34,7 @@ from qgraph.types import int_range
 SHRINK = [1 - i / 50 for i in range(11)]
 """Factors of the scale that are tried: a clipped tail may cost less than coarser steps."""
 
+GRID=int(os.environ.get("GRID","1"));GAINS=int(os.environ.get("GAINS","1"))
 GAIN = (0.8, 1.25)
 """Limits of the factor after rounding: more is no rounding error."""
 
@@ -50,7 +52,7 @@ class RoundWeights(Pass):
 
     samples: int = 64
     budget: int = 2**28
-    positions: int = 1024
+    positions: int = 512
     damp: float = 0.01
     follow: float = 0.0
 
@@ -70,19 +72,17 @@ class RoundWeights(Pass):
     def round(self, gm: GraphModule, at: At, layer: QuantizedLayer) -> int:
         """Rounds one layer; returns whether its constants changed."""
         h, c = _moments(at, layer, self.positions)
-        rows = layer.rows(at.constant(layer.view.weight)[0]).double()
-        follow = torch.linalg.solve(damped(h, self.damp), rows @ (c - h), left=False) if self.follow else 0.0
-        target = rows + self.follow * follow
-        scale, grid = at.constant(layer.fake.scale)[0], _grid(at, layer)
+        rows = layer.rows(at.constant(layer.view.weight)[0]).float()
+        scale, grid, own = at.constant(layer.fake.scale)[0], _grid(at, layer), _has_own_scales(layer)
         factor = torch.ones_like(rows[..., :1])
-        if _has_own_scales(layer):
-            factor = best_factor(target, h, grid, SHRINK)
-        found = round_rows(target, h, grid.rescaled(factor), damp=self.damp)
-        if _has_own_scales(layer):
+        if own and GRID:
+            factor = best_factor(rows, h, grid, SHRINK)
+        found = round_rows(rows, h, grid.rescaled(factor), damp=self.damp)
+        if own and GAINS:
             gain = ((rows @ c) * found).sum(-1, keepdim=True) / ((found @ h) * found).sum(-1, keepdim=True)
             gain = gain.nan_to_num(1.0).clamp(*GAIN)
             found, factor = found * gain, factor * gain
-        scale = (scale.double() * factor.reshape(scale.shape)).to(scale.dtype) if _has_own_scales(layer) else scale
+        scale = (scale.float() * factor.reshape(scale.shape)).to(scale.dtype) if own else scale
         return _store(gm, at, layer, found, scale, by=self.name)
 
 
@@ -102,24 +102,26 @@ def _has_own_scales(layer: QuantizedLayer) -> bool:
 
 
 def _moments(at: At, layer: QuantizedLayer, positions: int) -> tuple[Tensor, Tensor]:
-    """(H, C), float64 [groups, columns, columns], without means."""
-    h = c = sum_x = sum_y = torch.zeros((), dtype=torch.float64)
-    count = 0
+    h = c = torch.zeros(())
+    count, means = 0, None
     for values in at.values(layer.view.x):
-        x, y = (layer.columns(v.float(), positions) for v in values)
-        h, c = h + (y @ y.mT).double(), c + (x @ y.mT).double()
-        sum_x, sum_y = (total + v.sum(-1, keepdim=True).double() for total, v in ((sum_x, x), (sum_y, y)))
+        x, y = (layer.columns(v.float(), positions) for v in values) if GAINS else [layer.columns(values[1].float(), positions)]*2
+        if means is None:
+            means = x.mean(-1, keepdim=True), y.mean(-1, keepdim=True)
+        y=y-means[1]; x = x - means[0] if GAINS else y
+        h = h + y @ y.mT
+        if GAINS: c = c + x @ y.mT
         count += x.shape[-1]
-    mean_x, mean_y = sum_x / count, sum_y / count
-    return h / count - mean_y @ mean_y.mT, c / count - mean_x @ mean_y.mT
+    return h / count, c / count
 
 
 def _grid(at: At, layer: QuantizedLayer) -> Grid:
-    fake, ones = layer.fake, torch.ones_like(layer.weight, dtype=torch.float64)
-    scale = at.constant(fake.scale)[0].double()
-    zero = torch.zeros_like(scale) if fake.zero_point is None else at.constant(fake.zero_point)[0].double()
-    scale, zero = (layer.rows(ones * spread(v, ones, fake.axis, fake.group)) for v in (scale, zero))
-    return Grid(scale, zero, *int_range(fake.dtype))
+    fake, ones = layer.fake, torch.ones_like(layer.weight, dtype=torch.float32)
+    zero = None if fake.zero_point is None else at.constant(fake.zero_point)[0]
+    if zero is not None and not zero.any():
+        zero = None
+    spreads = (None if v is None else layer.rows(ones * spread(v.float(), ones, fake.axis, fake.group)) for v in (at.constant(fake.scale)[0], zero))
+    return Grid(*spreads, *int_range(fake.dtype))
 
 
 def _store(gm: GraphModule, at: At, layer: QuantizedLayer, rows: Tensor, scale: Tensor, *, by: str) -> int:

@@ -23,6 +23,7 @@ from qgraph.collect import collect
 from qgraph.diagonal import Group, Member, diagonals
 from qgraph.edit import graph_modules
 from qgraph.errors import RecipeError
+from qgraph.formats import wanted
 from qgraph.ledger import Entry, Ledger, state
 from qgraph.migrate import magnitudes, migrate, multiply
 from qgraph.pipeline import EQUIVALENT, Context, Contract, Pass
@@ -55,15 +56,17 @@ ROWS = 256
 class SmoothQuant(Pass):
     """Linears with constant weights, in both dialects; other layers that read the same values change with them.
 
-    `alpha` between 0 (all into activations) and 1 (all into weights), or "search": per group the one of GRID with the least error of the
-    recipe's formats on a sample of rows, or none where none is better than none. `explicit` multiplies in front of linears where nothing
-    can take the factors in: one pass over x, which all of them share. Raises RecipeError for another alpha."""
+    `alpha` between 0 (all into activations) and 1 (all into weights), or "search": per group the one of GRID with the least error of
+    each linear's own formats on a sample of rows, or none where none is better than none. `explicit` multiplies in front of linears where
+    nothing can take the factors in: one pass over x, which all of them share, and only where it lessens that error to `worth` of what it
+    was. Raises RecipeError for another alpha."""
 
     contract: ClassVar[Contract] = EQUIVALENT(1e-4)
     needs_data: ClassVar[bool] = True
 
     alpha: float | Literal["search"] = 0.5
     explicit: bool = False
+    worth: float = 0.8
 
     def __post_init__(self) -> None:
         if self.alpha != "search" and not (isinstance(self.alpha, int | float) and 0 <= self.alpha <= 1):
@@ -73,11 +76,11 @@ class SmoothQuant(Pass):
         found = [site for part in graph_modules(gm) for site in self._sites(part, state(gm).ledger)]
         if not found:
             return 0
-        count = ROWS if self.alpha == "search" else 0
+        count = ROWS if self.alpha == "search" or self.explicit else 0
         seen = {r.key: Channels(r.axis, count=count) for site in found for r in site.readers}
         wanted = {x: _all_of([kept for (y, _), kept in seen.items() if y is x]) for x, _ in seen}
         collect(gm, wanted, ctx.data, label=self.name, progress=ctx.progress)
-        formats = _formats(state(gm).recipe)
+        formats = {r.node: _formats(r.node, state(gm).recipe) for site in found for r in site.readers}
         return sum(self._smooth(site, seen, formats, state(gm).ledger) for site in found)
 
     def _sites(self, part: GraphModule, ledger: Ledger) -> list[Site]:
@@ -98,12 +101,12 @@ class SmoothQuant(Pass):
             sites.append(Site(part, names, size, tuple(Member(r.node, "input", r.channels) for r in readers), None))
         return sites
 
-    def _smooth(self, site: Site, seen: Mapping[Key, Channels], formats: Formats, ledger: Ledger) -> int:
+    def _smooth(self, site: Site, seen: Mapping[Key, Channels], formats: Mapping[Node, Formats], ledger: Ledger) -> int:
         unseen = any(not len(seen[r.key].low) for r in site.readers)
         alpha, s = (None, torch.ones(site.size)) if unseen else self._chosen(site, seen, formats)
         changed = bool(((s - 1).abs() > BALANCED).any()) and BISECTION.allows(self.name, site.readers[0].node)
         decision = f"smoothquant alpha {alpha:g}, {len(site.readers)} readers" if changed else UNCHANGED
-        reason = "no alpha lessens its error" if alpha is None else "its channels are balanced already"
+        reason = "no alpha lessens its error enough" if alpha is None else "its channels are balanced already"
         reason = "the calibration data never reaches it" if unseen else reason
         for r in site.readers:
             ledger.record(_entry(site.names[r.node], r.node, decision, self.name, site.taken_by() if changed else reason))
@@ -114,13 +117,16 @@ class SmoothQuant(Pass):
         multiply(site.part, site.readers[0].x, [m.node for m in site.consumers], 1 / s.double(), by=self.name)
         return len(site.consumers) + 1
 
-    def _chosen(self, site: Site, seen: Mapping[Key, Channels], formats: Formats) -> tuple[float | None, Tensor]:
+    def _chosen(self, site: Site, seen: Mapping[Key, Channels], formats: Mapping[Node, Formats]) -> tuple[float | None, Tensor]:
         """(alpha, s), where None stands for factors 1."""
         x, w = _largest(site, seen), magnitudes(site.consumers, site.size)
-        if self.alpha != "search":
-            return self.alpha, factors(x, w, self.alpha)
-        options: list[tuple[float | None, Tensor]] = [(None, torch.ones(site.size)), *((a, factors(x, w, a)) for a in GRID)]
-        return min(options, key=lambda option: _error(site, seen, option[1], formats))
+        options = [(a, factors(x, w, a)) for a in (GRID if self.alpha == "search" else (self.alpha,))]
+        if self.alpha != "search" and site.group is not None:
+            return options[0]
+        none = torch.ones(site.size)
+        errors = [_error(site, seen, s, formats) for _, s in options]
+        least, limit = min(errors), _error(site, seen, none, formats) * (self.worth if site.group is None else 1)
+        return options[errors.index(least)] if least < limit else (None, none)
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,8 +191,9 @@ class Formats:
     x: QSpec | None
 
 
-def _formats(recipe: Recipe | None) -> Formats:
-    weights, x = (recipe.weights, recipe.activations) if recipe is not None else (Int(8), Int(8, symmetric=False, unsigned=True))
+def _formats(node: Node, recipe: Recipe | None) -> Formats:
+    """What the recipe, its rules and passes before this one want of a linear; int8 and static uint8 without a recipe."""
+    weights, x = wanted(node, recipe)[1:] if recipe is not None else (Int(8), Int(8, symmetric=False, unsigned=True))
     weight = None if weights is None else weights.weight_spec(in_axis=1, out_axis=0)
     return Formats(weight, None if x is None else x.activation_spec())
 
@@ -205,14 +212,14 @@ def _largest(site: Site, seen: Mapping[Key, Channels]) -> Tensor:
     return found[: site.size]
 
 
-def _error(site: Site, seen: Mapping[Key, Channels], s: Tensor, formats: Formats) -> float:
-    """Error of the linears' products in the recipe's formats with factors s, over their power, summed over the linears."""
+def _error(site: Site, seen: Mapping[Key, Channels], s: Tensor, formats: Mapping[Node, Formats]) -> float:
+    """Error of the linears' products in their formats with factors s, over their power, summed over the linears."""
     padded, total = torch.cat([s, torch.ones(1)]), 0.0
     for r in site.readers:
         own, of, weight = padded[r.channels], seen[r.key], r.weight()
         exact = of.rows @ weight.T
-        x = _rounded(of.rows / own, formats.x, (of.low / own).amin(), (of.high / own).amax())
-        total += float((x @ _rounded(weight * own, formats.weight).T - exact).square().sum() / exact.square().sum().clamp(min=1e-30))
+        x = _rounded(of.rows / own, formats[r.node].x, (of.low / own).amin(), (of.high / own).amax())
+        total += float((x @ _rounded(weight * own, formats[r.node].weight).T - exact).square().sum() / exact.square().sum().clamp(min=1e-30))
     return total
 
 

@@ -8,7 +8,7 @@ between sites is solved by regions.py.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 
 from qgraph.backend import Placement
 from qgraph.errors import RecipeError, nearest
+from qgraph.formats import OVERRIDE, SITES, Override, SiteView, excluded, names_of, sites, wanted
 from qgraph.ledger import FLOAT, Entry, Ledger
 from qgraph.recipe import Int, Recipe
 from qgraph.regions import Group, Regions
@@ -24,22 +25,8 @@ from qgraph.text import path_of
 from qgraph.types import PerTensor, QSpec, type_of
 from qgraph.views import Activation, Conv, Embedding, Linear, const_value, is_const, key, table, view, view_any
 
-SITES = (Linear, Conv, Embedding)
-SiteView = Linear | Conv | Embedding
 Decision = tuple[QSpec | None, str]
 """A format (None: float) and why."""
-
-OVERRIDE = "override"
-"""The key of `node.meta` that holds an Override."""
-
-
-@dataclass(frozen=True)
-class Override:
-    """What a pass that has looked at data wants of one site, where no rule names it; `by` says who wants it and why, for the ledger."""
-
-    weights: Int | None
-    activations: Int | None
-    by: str
 
 
 @dataclass
@@ -59,7 +46,7 @@ def annotate(gm: GraphModule, recipe: Recipe, placement: Placement, ledger: Ledg
     Raises RecipeError when two rules want different formats of one shared value, or when the backend cannot honour a rule."""
     named = labels(gm)
     found, inputs = Annotations(), {}
-    for node, v in _sites(gm):
+    for node, v in sites(gm):
         weight, x = _Site(node, v, named[node], recipe, placement, ledger).decide()
         operands = ({"weight": weight} if weight else {}) | ({"x": x} if x and x.dynamic else {})
         if operands:
@@ -68,9 +55,9 @@ def annotate(gm: GraphModule, recipe: Recipe, placement: Placement, ledger: Ledg
             inputs[node] = (_x(v), x)
     _record_unread(gm, named, ledger)
     if inputs:
-        outputs = frozenset(n for n, v in _sites(gm) if n in inputs and isinstance(v, placement.always_output))
+        outputs = frozenset(n for n, v in sites(gm) if n in inputs and isinstance(v, placement.always_output))
         default = next(iter(sorted((s for _, s in inputs.values()), key=str)))
-        regions = Regions(gm, placement, inputs, outputs, default, lambda n: _excluded(n, recipe))
+        regions = Regions(gm, placement, inputs, outputs, default, lambda n: excluded(n, recipe))
         found.groups = regions.groups()
         _record_outputs(found.groups, named, ledger)
     return found
@@ -78,33 +65,14 @@ def annotate(gm: GraphModule, recipe: Recipe, placement: Placement, ledger: Ledg
 
 def check_rules(gms: Iterable[GraphModule], recipe: Recipe) -> None:
     """Raises RecipeError for a rule whose pattern matches no operation of any of these graphs."""
-    names = {name for gm in gms for node in gm.graph.nodes if node.op == "call_function" for name in _names(node)}
+    names = {name for gm in gms for node in gm.graph.nodes if node.op == "call_function" for name in names_of(node)}
     for pattern in recipe.rules:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise RecipeError(f"rule {pattern!r} matches no operation{nearest(pattern, names)}")
 
 
-def _sites(gm: GraphModule) -> Iterator[tuple[Node, SiteView]]:
-    for node in gm.graph.nodes:
-        v = view_any(SITES, node)
-        if v is not None:
-            yield node, v
-
-
 def _x(v: SiteView) -> Node:
     return v.indices if isinstance(v, Embedding) else v.x
-
-
-def _names(node: Node) -> tuple[str, ...]:
-    """What a rule may call an operation: module path or ONNX node name, FX name, name of its weight."""
-    v = view_any(SITES, node)
-    own = (path_of(node), node.name)
-    return (*own, str(v.weight.target), path_of(v.weight)) if v is not None and is_const(v.weight) else own
-
-
-def _excluded(node: Node, recipe: Recipe) -> bool:
-    hits = [rule for pattern, rule in recipe.rules.items() if any(fnmatchcase(n, pattern) for n in _names(node))]
-    return bool(hits) and hits[-1] is None
 
 
 def labels(gm: GraphModule) -> dict[Node, str]:
@@ -160,7 +128,7 @@ class _Site:
         if obstacle:
             weight = x = (None, obstacle)
         else:
-            rule, wanted_weight, wanted_x = self.wanted()
+            rule, wanted_weight, wanted_x = wanted(self.node, self.recipe)
             loss = self.loss(rule, wanted_x)
             if loss:
                 wanted_weight = wanted_x = None
@@ -191,21 +159,6 @@ class _Site:
         if not isinstance(self.v, Conv) and value.dim() != 2:
             return f"its weight has {value.dim()} axes, integer kernels take 2"
         return "its weight is empty" if value.numel() == 0 else ""
-
-    def wanted(self) -> tuple[str | None, Int | None, Int | None]:
-        """(the rule that decided, weights, activations); the last rule that matches wins."""
-        embedding = isinstance(self.v, Embedding)
-        weights = self.recipe.embeddings if embedding else self.recipe.weights
-        activations = None if embedding else self.recipe.activations
-        chosen = None
-        for pattern, rule in self.recipe.rules.items():
-            if any(fnmatchcase(name, pattern) for name in _names(self.node)):
-                chosen = pattern
-                weights = rule.get("weights", weights) if rule is not None else None
-                activations = rule.get("activations", activations) if rule is not None else None
-        if chosen is None and (override := self.override) is not None:
-            weights, activations = override.weights, override.activations
-        return chosen, weights, activations
 
     @property
     def override(self) -> Override | None:

@@ -36,6 +36,7 @@ from qgraph.passes import (
 )
 from qgraph.pipeline import Context, Pass, Pipeline, Verify
 from qgraph.recipe import Recipe, load_recipe
+from qgraph.rewriter import Decline
 from qgraph.score import Metric
 from qgraph.text import where
 from qgraph.views import Cast, Dequantize, DynamicQuantize, FakeQuantize, Quantize, const_value, view, view_any
@@ -93,7 +94,8 @@ def prepare(
     observe = InsertObservers(recipe, target.placement)
     stages = _in_order(recipe.stages, observe)
     waiting = next((i for i, p in enumerate(stages) if p.needs_data or p.at == "quantized"), len(stages))
-    _run(gm, *PREPARE, *stages[:waiting], verify=verify)
+    _run(gm, *PREPARE, verify=verify)
+    state(gm).declines = _run(gm, *stages[:waiting], verify=verify)
     state(gm).pending = stages[waiting:]
     if observe in state(gm).pending:
         observe.check(gm)
@@ -215,10 +217,12 @@ def _is_quantized(node: Node) -> bool:
     return stored is not None and stored.dtype in (torch.int8, torch.uint8) and stored.dim() > 1
 
 
-def _run(gm: GraphModule, *passes: Pass, verify: Verify | None) -> None:
-    """Run passes; `verify="numerics"` uses the example inputs of the capture."""
+def _run(gm: GraphModule, *passes: Pass, verify: Verify | None) -> tuple[Decline, ...]:
+    """Run passes; `verify="numerics"` uses the example inputs of the capture. Returns what they refused."""
     example = state(gm).example_inputs
-    Pipeline(*passes, verify=verify).run(gm, Context(samples=[example] if example is not None else []))
+    ctx = Context(samples=[example] if example is not None else [])
+    Pipeline(*passes, verify=verify).run(gm, ctx)
+    return tuple(ctx.declines)
 
 
 def _at(gm: GraphModule, stage: Stage, recipe: Recipe | None = None) -> GraphModule:

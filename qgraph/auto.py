@@ -16,36 +16,35 @@ from __future__ import annotations
 import logging
 import math
 import sys
-import tempfile
-import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 from torch.fx import GraphModule
 
-from qgraph.annotate import SITES, labels
-from qgraph.api import PREPARE, Model, as_graph, check_float, convert, prepare
-from qgraph.backend import Backend, Program, Translator, get_backend
-from qgraph.calibrate import calibrate
+from qgraph.annotate import labels
+from qgraph.api import PREPARE, Model, as_graph, check_float, convert
+from qgraph.backend import Backend, Placement, Translator, get_backend
 from qgraph.edit import copy_graph, graph_modules
-from qgraph.errors import LoweringError, QGraphError, RecipeError, nearest
-from qgraph.feeds import inputs_of
+from qgraph.errors import RecipeError, nearest
+from qgraph.formats import SITES, run_time_format, sites
 from qgraph.journal import Journal, fingerprint
 from qgraph.ledger import FLOAT, Entry, state
 from qgraph.losses import Loss, losses
 from qgraph.observe import OBSERVERS
 from qgraph.passes.insert_fake_quant import InsertFakeQuant
 from qgraph.pipeline import Context, Pipeline
-from qgraph.recipe import STAGES
-from qgraph.score import METRICS, Metric, Run, Timer, latency_ratio, runs, seconds_of
+from qgraph.recipe import STAGES, Int
+from qgraph.score import METRICS, Metric, Timer, seconds_of
 from qgraph.sweep import arranged, replayable
 from qgraph.text import target_name
 from qgraph.tradeoff import Candidate, Tradeoff, Trial
+from qgraph.trials import Bench
 from qgraph.views import view_any
 
 log = logging.getLogger(__name__)
@@ -56,7 +55,7 @@ CALIBRATORS: tuple[tuple[str, ...], ...] = (
     ("observer=entropy",),
     ("observer=mse",),
 )
-FAMILIES = ("w8a8", "w8a8-dynamic", "w8a8-token-asym", "w8a8-token")
+FAMILIES = ("w8a8", "w8a8-dynamic", "w8a8-token-asym", "w8a8-encoder")
 CORRECTIONS = ("cle", "smoothquant", "biascorrect")
 """Stages that may raise the metric at the same latency; those that exist are tried, in the order in which a recipe runs them."""
 MAX_DROP = 0.01
@@ -123,75 +122,6 @@ def _base(gm: GraphModule, target: Backend) -> GraphModule:
 def _console(progress: bool | None) -> Console:
     shown = sys.stderr.isatty() if progress is None else progress
     return Console(stderr=True, quiet=not shown)
-
-
-@dataclass
-class Bench:
-    """Where candidates are built and measured. `done` are all trials of this call, by candidate key."""
-
-    base: GraphModule
-    target: Backend
-    data: Iterable[Any]
-    evaluation: Iterable[Any]
-    metric: str | Metric
-    sample: Sequence[Any]
-    journal: Journal
-    timer: Timer
-    console: Console
-    done: dict[str, Trial] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.inputs = inputs_of(self.base)
-        self.program = self.target.lower(copy_graph(self.base))
-        self.float_run = runs(self.program, self.inputs)
-        self.kept = self.journal.read()
-        self.float_metric = self.score(self.float_run)
-
-    def score(self, run: Run) -> float:
-        if isinstance(self.metric, str):
-            return METRICS[self.metric](self.float_run, run, self.evaluation)
-        return float(self.metric(run, self.evaluation))
-
-    def calibrated(self, candidate: Candidate) -> GraphModule:
-        prepared = prepare(self.base, recipe=candidate.recipe, backend=self.target)
-        calibrate(prepared, self.data, progress=False)
-        return prepared
-
-    def trial(self, candidate: Candidate, *, ratio: float | None = None) -> Trial:
-        """Measured now, or known from before; `ratio` is the latency where it is known. Failures of the candidate are its result."""
-        if candidate.key in self.done:
-            return self.done[candidate.key]
-        if (found := self.kept.get(candidate.key)) is None:
-            with self.console.status(f"trial {len(self.done) + 1}: {candidate}"):
-                start = time.perf_counter()
-                try:
-                    found = self.measured(candidate, ratio)
-                except QGraphError as error:
-                    found = Trial(candidate, failure=" ".join(str(error).split()))
-                found = replace(found, seconds=time.perf_counter() - start)
-        self.done[candidate.key] = found
-        self.journal.write({**self.kept, **self.done}.values())
-        said = found.failure or f"drop {found.drop:.4g}, latency {found.ratio:.2f} of the float model's"
-        log.info("%s: %s", candidate, said)
-        self.console.print(f"{candidate}: {said}", markup=False, highlight=False, soft_wrap=True)
-        return found
-
-    def measured(self, candidate: Candidate, ratio: float | None) -> Trial:
-        program = self.target.lower(convert(self.calibrated(candidate)))
-        metric = self.score(runs(program, self.inputs))
-        if ratio is None:
-            ratio = latency_ratio(self.program, program, self.sample, timer=self.timer)
-        return Trial(candidate, metric, self.float_metric - metric, ratio, _megabytes(program))
-
-
-def _megabytes(program: Program) -> float | None:
-    """Of the saved program with its external data; None for a backend that saves none."""
-    with tempfile.TemporaryDirectory(prefix="qgraph-") as folder:
-        try:
-            program.save(Path(folder, "model.onnx"))
-        except LoweringError:
-            return None
-        return sum(p.stat().st_size for p in Path(folder).iterdir()) / 1e6
 
 
 @dataclass
@@ -264,13 +194,13 @@ class Search:
         """Bisection for the fewest operations that must go back; it ends early where more of them would be no faster than the answer."""
         quantized = self.bench.calibrated(t.candidate)
         InsertFakeQuant.of(quantized).run(quantized, Context())
-        rows = losses(quantized, self.bench.data, run_time=self.bench.target.placement.dynamic, progress=False).rows
-        names = _patterns(quantized)
+        rows = losses(quantized, self.bench.data, placement=self.bench.target.placement, progress=False).rows
+        names, formats = _patterns(quantized), _run_time(quantized, self.bench.target.placement)
         few, many, worth = 0, len(rows), self.worth()
         while many - few > 1:
             count = (few + many) // 2
             limit = rows[count].sqnr
-            back = tuple(f"rules.{names[row.place]}={_higher(row, limit)}" for row in rows[:count])
+            back = tuple(f"rules.{names[row.place]}={_higher(row, limit, formats.get(row.place))}" for row in rows[:count])
             found = self.bench.trial(replace(t.candidate, overrides=t.candidate.overrides + back))
             if self.within(found):
                 many = count
@@ -280,10 +210,18 @@ class Search:
                 few = count
 
 
-def _higher(row: Loss, limit: float) -> str:
-    """The rule for an operation that goes back: a range at run time if it then loses no more than what stays."""
-    at_run_time = row.run_time_sqnr is not None and row.run_time_sqnr >= limit
-    return "{activations: {dynamic: true}}" if at_run_time else "null"
+def _higher(row: Loss, limit: float, run_time: Int | None) -> str:
+    """The rule for an operation that goes back: ranges found at run time if it then loses no more than what stays."""
+    if run_time is None or row.run_time_sqnr is None or row.run_time_sqnr < limit:
+        return "null"
+    given = {name: value for name, value in asdict(run_time).items() if value is not None}
+    return yaml.safe_dump({"activations": given}, default_flow_style=True, width=10**6).strip()
+
+
+def _run_time(gm: GraphModule, placement: Placement) -> dict[tuple[int, str], Int]:
+    """place -> the format with ranges found at run time, where the backend has one."""
+    found = (((i, node.name), run_time_format(v, placement)) for i, part in enumerate(graph_modules(gm)) for node, v in sites(part))
+    return {place: f for place, f in found if f is not None}
 
 
 def _patterns(gm: GraphModule) -> dict[tuple[int, str], str]:

@@ -48,7 +48,7 @@ def calibrate(
     done = Calibration()
     if any(isinstance(m, Observer) and not m.frozen for m in prepared.modules()):
         asks = next((p for p in late if p.needs_data), None)
-        data = _given(batches) if asks is None else replayable(batches, f"stage {asks.name}")
+        data = _given(prepared, batches) if asks is None else replayable(batches, f"stage {asks.name}")
         done = sweep(prepared, data, runner=runner, progress=progress)
     for p in late:
         InsertFakeQuant.of(prepared).run(prepared, Context())
@@ -64,8 +64,13 @@ def _split(pending: tuple[Pass, ...]) -> tuple[tuple[Pass, ...], tuple[Pass, ...
     return pending[:first], pending[first:]
 
 
-def _given(batches: Iterable[Any] | None) -> Iterable[Any]:
+def _given(prepared: GraphModule, batches: Iterable[Any] | None) -> Iterable[Any]:
     if batches is None:
+        if missing := [f"{e.node} ({e.reason})" for e in state(prepared).ledger if e.role == "range" and not e.quantized]:
+            raise CalibrationError(
+                f"{len(missing)} operands have no statistics, the first: {'; '.join(missing[:3])}; give batches, which then decide these "
+                "ranges alone, or leave the operations that read them in float by rules"
+            )
         raise CalibrationError("the recipe's static ranges need calibration data: give batches")
     return batches
 
@@ -77,3 +82,4 @@ def _stage(prepared: GraphModule, p: Pass, batches: Iterable[Any] | None, progre
     ctx = Context(samples=[tuple(args) for _, args in first], data=data, progress=progress)
     Pipeline(p, verify=verify if ctx.samples or verify != "numerics" else "structure").run(prepared, ctx)
     state(prepared).pending = state(prepared).pending[1:]
+    state(prepared).declines += tuple(ctx.declines)

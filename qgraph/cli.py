@@ -24,13 +24,10 @@ from qgraph.errors import ModelError, QGraphError, RecipeError
 if TYPE_CHECKING:
     from torch.fx import GraphModule
 
-    from qgraph.backend import Backend, Kernel
-    from qgraph.ledger import State
+    from qgraph.backend import Backend
     from qgraph.recipe import Recipe
 
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-FLOAT_ROWS = 10
-"""Decisions for float that the text report lists; --json has them all."""
 
 
 class _Failure(click.ClickException):
@@ -69,7 +66,7 @@ def main() -> None:
 @main.command()
 @click.argument("source", metavar="IN.onnx|PACKAGE.MODULE:FUNCTION")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The ONNX file to write.")
-@click.option("--recipe", default="w8a8", show_default=True, help="Name (w8a8, w8a8-dynamic, w4a16-g128, ..., auto) or a YAML file.")
+@click.option("--recipe", default="w8a8", show_default=True, help="Name (w8a8, w8a8-dynamic, w8a8+smoothquant, ..., auto) or a YAML file.")
 @click.option("--calibration", type=click.Path(), help="One .npz with arrays named as the inputs, or a folder of .npz files.")
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Samples per feed out of one .npz.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a field of the recipe; may be repeated.")
@@ -98,11 +95,13 @@ def quantize(
     """Quantize a model and write it as ONNX.
 
     FUNCTION takes no arguments and returns (module, example_inputs), or (module, example_inputs, dynamic_shapes).
-    With the recipe "auto", the fastest one within a budget is searched for."""
+    A recipe names formats and, behind +, stages that raise accuracy: w8a8+smoothquant ("qgraph passes" lists them). With the recipe
+    "auto", the fastest one within a budget is searched for."""
     _check_paths(source, output)
     _quiet()
     from qgraph.backend import get_backend
     from qgraph.recipe import load_recipe
+    from qgraph.report import report, report_text
 
     target, budget = get_backend(backend), {"max_drop": max_drop, "metric": metric, "evaluation": evaluation, "resume": resume}
     if recipe == "auto":
@@ -120,9 +119,9 @@ def quantize(
     program = qgraph.lower(quantized, backend=target, strict=strict)
     program.save(output)
     found = quantized.meta["qgraph"]
-    report = _report(source, output, found, program.kernels())
+    made = report(source, output, found, program.kernels())
     trials = f"{found.tradeoff}\n\n" if found.tradeoff else ""
-    click.echo(json.dumps(report) if as_json else trials + _report_text(report))
+    click.echo(json.dumps(made) if as_json else trials + report_text(made))
 
 
 def _auto(source: str, target: Backend, calibration: str | None, batch: int, **budget: Any) -> GraphModule:
@@ -228,51 +227,6 @@ def _calibrate(prepared: Any, recipe: Recipe, path: str | None, batch: int) -> N
     qgraph.calibrate(prepared, batches)
 
 
-def _report(source: str, output: Path, state: State, kernels: list[Kernel]) -> dict[str, Any]:
-    from qgraph.saturation import covered
-
-    ledger, searched = state.ledger, state.tradeoff
-    return {
-        "output": str(output),
-        "recipe": state.recipe.name if state.recipe else "float",
-        "bytes": _bytes(output),
-        "source_bytes": _bytes(Path(source)) if Path(source).is_file() else None,
-        **ledger.summary(),
-        "sums": covered(ledger),
-        "kernels_promised": len(kernels),
-        "kernels_fused": sum(k.fused for k in kernels),
-        "unfused": [{"node": k.node, "promised": k.promised, "became": k.became, "reason": k.reason} for k in kernels if not k.fused],
-        "float": [{"node": e.node, "role": e.role, "reason": e.reason} for e in ledger if not e.quantized],
-        **({"tradeoff": searched.as_json()} if searched else {}),
-    }
-
-
-def _bytes(path: Path) -> int:
-    """With the external data of the model."""
-    from qgraph.inspect import file_bytes
-    from qgraph.onnx_read import read_model
-
-    return file_bytes(path, read_model(path))
-
-
-def _report_text(report: dict[str, Any]) -> str:
-    mb, was = report["bytes"] / 1e6, report["source_bytes"]
-    lines = [
-        f"{report['output']}: {mb:.2f} MB{f' (was {was / 1e6:.2f} MB)' if was else ''}, recipe {report['recipe']}",
-        f"  weights      {report['weights_quantized']} of {report['weights']} quantized",
-        f"  activations  {report['activations_quantized']} of {report['activations']} edges quantized",
-        f"  kernels      {report['kernels_fused']} of {report['kernels_promised']} fused",
-    ]
-    lines += [f"  unfused      {k['node']}: promised {k['promised']}, became {k['became']}: {k['reason']}" for k in report["unfused"]]
-    if report["sums"]:
-        lines.append(f"  sums         {report['sums']}")
-    rows = report["float"]
-    lines += [f"  float        {e['node']}.{e['role']}: {e['reason']}" for e in rows[:FLOAT_ROWS]]
-    if len(rows) > FLOAT_ROWS:
-        lines.append(f"  float        ... {len(rows) - FLOAT_ROWS} more (--json lists all)")
-    return "\n".join(lines)
-
-
 @main.command()
 @click.argument("file", metavar="FILE.onnx")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -286,15 +240,19 @@ def inspect(file: str, as_json: bool) -> None:
 
 @main.command()
 def passes() -> None:
-    """The catalogue of passes: name, contract, what it does."""
+    """The catalogue of passes: name, contract, its stage in a recipe (w8a8+STAGE), what it does."""
     import qgraph.passes as available
     from qgraph.pipeline import Pass
+    from qgraph.recipe import STAGES
 
+    stages = {factory.partition(":")[2]: f"+{stage}" for stage, factory in STAGES.items() if isinstance(factory, str)}
     found = [p for name in available.__all__ if isinstance(p := getattr(available, name), type) and issubclass(p, Pass)]
-    rows = [(p.name, str(p.contract), (sys.modules[p.__module__].__doc__ or p.name).splitlines()[0]) for p in found]
-    widths = [max(len(row[i]) for row in rows) for i in range(2)]
-    for name, contract, does in rows:
-        click.echo(f"{name.ljust(widths[0])}  {contract.ljust(widths[1])}  {does}")
+    rows = [
+        (p.name, str(p.contract), stages.get(p.__name__, ""), (sys.modules[p.__module__].__doc__ or p.name).splitlines()[0]) for p in found
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    for *cells, does in rows:
+        click.echo("  ".join([*(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)), does]))
 
 
 @main.command()

@@ -219,7 +219,11 @@ def attention(flow: Flow, node: Node, v: Attention) -> Field | None:
 
 
 def movement(flow: Flow, node: Node, v: DataMovement) -> Field | tuple[Field, ...] | None:
-    source = flow.fields.get(v.x)
+    return moved(node, v, flow.fields.get(v.x))
+
+
+def moved(node: Node, v: DataMovement, source: Field | tuple[Field, ...] | None) -> Field | tuple[Field, ...] | None:
+    """The field of the node's value, given that of what it moves; None where it is not known where elements go."""
     if v.kind == "getitem" and isinstance(source, tuple):
         index = node.args[1]
         return source[index] if isinstance(index, int) and -len(source) <= index < len(source) else None

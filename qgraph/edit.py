@@ -11,6 +11,7 @@ import torch
 from torch.fx import GraphModule, Node, map_arg
 
 from qgraph.errors import VerificationError
+from qgraph.moments import MOMENTS
 from qgraph.types import attribute
 
 PURE_DOMAINS = {"", "ai.onnx", "ai.onnx.ml", "ai.onnx.preview.training", "com.microsoft"}
@@ -94,7 +95,7 @@ def replace(node: Node, new: Node | tuple[Node | None, ...]) -> None:
 def redirect(node: Node, new: Node | tuple[Node | None, ...]) -> list[Node]:
     """The first half of `replace`; returns the nodes that now read something else."""
     if isinstance(new, Node):
-        _inherit_type(new, node)
+        _inherit(new, node)
         return node.replace_all_uses_with(new)
     changed: list[Node] = []
     for user in list(node.users):
@@ -121,7 +122,9 @@ def _output(node: Node, new: tuple[Node | None, ...], index: Any) -> Node:
     return found
 
 
-def _inherit_type(new: Node, old: Node) -> None:
+def _inherit(new: Node, old: Node) -> None:
+    if MOMENTS in old.meta:
+        new.meta.setdefault(MOMENTS, old.meta[MOMENTS])
     if "val" not in new.meta and "type" not in new.meta:
         new.meta.update({k: old.meta[k] for k in ("val", "type") if k in old.meta})
 

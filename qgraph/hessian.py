@@ -1,7 +1,7 @@
 """Rounding rows of a weight so that their products with given data change least, for many independent groups of rows at once.
 
-Rows are [groups, rows, columns] in float64. `h`, [groups, columns, columns], is the second moment of the data, E[x x^T]: an error d of a
-row costs d h d^T.
+Rows are [groups, rows, columns]. `h`, [groups, columns, columns], is the second moment of the data, E[x x^T]: an error d of a row costs
+d h d^T. Everything is computed in the type of the operands; float32 does where h has been damped.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Grid:
-    """The numbers (q - zero) * scale for integers low <= q <= high; scale and zero broadcast against rows."""
+    """The numbers (q - zero) * scale for integers low <= q <= high; scale and zero (None: 0) broadcast against rows."""
 
     scale: Tensor
-    zero: Tensor
+    zero: Tensor | None
     low: int
     high: int
 
@@ -27,22 +27,26 @@ class Grid:
     def rescaled(self, factor: Tensor | float) -> Grid:
         return Grid(self.scale * factor, self.zero, self.low, self.high)
 
-    def columns(self, rows: Tensor, index: Tensor) -> Grid:
-        """The grid of these columns [groups, columns] of the rows."""
-        scale, zero = (pick(v.expand_as(rows), index) for v in (self.scale, self.zero))
+    def by_column(self, rows: Tensor, order: Tensor) -> Grid:
+        """The grid of `by_column(rows, order)`."""
+        scale, zero = (None if v is None else by_column(v.expand_as(rows), order) for v in (self.scale, self.zero))
+        assert scale is not None
         return Grid(scale, zero, self.low, self.high)
 
     def column(self, values: Tensor, j: int) -> Tensor:
-        """The nearest numbers for the values [groups, rows] of column j."""
-        return self._snap(values, self.scale[..., j], self.zero[..., j])
+        """The nearest numbers for the values [groups, rows] of column j, of a grid by column."""
+        return self._snap(values, self.scale[:, j], None if self.zero is None else self.zero[:, j])
 
-    def _snap(self, values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        return (((values / scale).round() + zero).clamp(self.low, self.high) - zero) * scale
+    def _snap(self, values: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        q = (values / scale).round_()
+        if zero is None:
+            return q.clamp_(self.low, self.high).mul_(scale)
+        return q.add_(zero).clamp_(self.low, self.high).sub_(zero).mul_(scale)
 
 
-def pick(rows: Tensor, index: Tensor) -> Tensor:
-    """Columns of rows, chosen for each group: index [groups, columns]."""
-    return rows.gather(2, index[:, None].expand(-1, rows.shape[1], -1))
+def by_column(rows: Tensor, order: Tensor) -> Tensor:
+    """The columns of rows in this order [groups, columns], as [groups, columns, rows]."""
+    return rows.mT.gather(1, order[..., None].expand(-1, -1, rows.shape[1])).contiguous()
 
 
 def cost(error: Tensor, h: Tensor) -> Tensor:
@@ -52,7 +56,7 @@ def cost(error: Tensor, h: Tensor) -> Tensor:
 
 def damped(h: Tensor, share: float) -> Tensor:
     """h with this share of its mean diagonal added to the diagonal, so that it can be inverted."""
-    mean = h.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=torch.finfo(torch.float32).tiny)
+    mean = h.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-20)
     return h + share * mean[:, None, None] * torch.eye(h.shape[-1], dtype=h.dtype)
 
 
@@ -60,23 +64,34 @@ def round_rows(rows: Tensor, h: Tensor, grid: Grid, *, damp: float = 0.01, block
     """Numbers of the grid that keep rows . x; never costlier than the nearest ones.
 
     Columns are rounded one by one, those that matter most first; the rest of the row makes good for each error (Frantar et al., GPTQ,
-    2022, algorithm 1: `upper` is the Cholesky factor of the inverse of h)."""
+    2022, algorithm 1)."""
     order = h.diagonal(dim1=-2, dim2=-1).argsort(-1, descending=True)
-    ordered = pick(pick(damped(h, damp), order).mT, order)
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(ordered)), upper=True)
-    rest, found, inside = pick(rows, order), torch.zeros_like(rows), grid.columns(rows, order)
-    for start in range(0, rows.shape[-1], block):
-        end = min(start + block, rows.shape[-1])
-        errors = torch.zeros_like(rows[..., start:end])
+    spread = _spread(by_column(by_column(damped(h, damp), order), order))
+    errors, inside, size = by_column(rows, order), grid.by_column(rows, order), rows.shape[-1]
+    rest = errors.clone()
+    for start in range(0, size, block):
+        end = min(start + block, size)
         for j in range(start, end):
-            found[..., j] = inside.column(rest[..., j], j)
-            errors[..., j - start] = (rest[..., j] - found[..., j]) / upper[:, None, j, j]
-            rest[..., j:end] -= errors[..., j - start, None] * upper[:, None, j, j:end]
-        rest[..., end:] -= errors @ upper[:, start:end, end:]
-    result = torch.zeros_like(rows).scatter(2, order[:, None].expand_as(rows), found)
+            value = inside.column(rest[:, j], j)
+            rest[:, j] = value
+            errors[:, j] -= value
+            if j + 1 < end:
+                rest[:, j + 1 : end].baddbmm_(spread[:, j, j + 1 : end, None], errors[:, j, None])
+        if end < size:
+            rest[:, end:].baddbmm_(spread[:, start:end, end:].mT, errors[:, start:end])
+    result = torch.zeros_like(rows).scatter_(2, order[:, None].expand_as(rows), rest.mT)
     nearest = grid.nearest(rows)
     worse = cost(result - rows, h) > cost(nearest - rows, h)
     return torch.where(worse[..., None], nearest, result)
+
+
+def _spread(h: Tensor) -> Tensor:
+    """Where the error of a column goes: row j holds what one unit of error in column j adds to each later column.
+
+    The lower Cholesky factor of h read backwards, its columns divided by its diagonal: the rows of the upper factor of h^-1 that GPTQ
+    divides by theirs are, up to the sign, the same numbers (rounding to the nearest plane of a lattice), so nothing is inverted."""
+    lower = torch.linalg.cholesky(h.flip(-2, -1))
+    return (lower / lower.diagonal(dim1=-2, dim2=-1)[..., None, :]).flip(-2, -1)
 
 
 def best_factor(rows: Tensor, h: Tensor, grid: Grid, factors: list[float]) -> Tensor:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node, map_arg
 
-from qgraph.annotate import SITES, SiteView, labels
+from qgraph.annotate import labels
 from qgraph.edit import copy_graph, erase, graph_modules
+from qgraph.formats import SITES, SiteView
 from qgraph.types import QSpec, attribute
 from qgraph.views import Dequantize, DynamicQuantize, Embedding, FakeQuantize, granularity, view, view_any
 

@@ -6,13 +6,14 @@ p(x) are the columns that the weight's rows are multiplied with: x itself for a 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qgraph.edit import add_constant
+from qgraph.edit import add_constant, graph_modules
 from qgraph.ledger import Ledger
 from qgraph.lockstep import ORIGINAL
 from qgraph.pipeline import Context
@@ -145,6 +146,9 @@ class QuantizedLayer:
 def layers(gm: GraphModule, ctx: Context, *, by: str) -> dict[Node, QuantizedLayer]:
     """The layers of this graph (not of its bodies) whose constants can be corrected; refusals go to the context."""
     found = {}
+    ctx.declines += [
+        Decline(by, n.name, path_of(n), "it is in a body of control flow; layers of the graph itself are corrected") for n in _nested(gm)
+    ]
     for node in gm.graph.nodes:
         v = view_any((Conv, Linear), node)
         fake = view(FakeQuantize, v.weight) if v is not None else None
@@ -158,6 +162,14 @@ def layers(gm: GraphModule, ctx: Context, *, by: str) -> dict[Node, QuantizedLay
         else:
             found[node] = replace(layer, bias_reader=slot[0], bias_node=slot[1])
     return found
+
+
+def _nested(gm: GraphModule) -> Iterator[Node]:
+    """Quantized layers of bodies."""
+    for node in (n for part in list(graph_modules(gm))[1:] for n in part.graph.nodes):
+        v = view_any((Conv, Linear), node)
+        if v is not None and view(FakeQuantize, v.weight) is not None:
+            yield node
 
 
 def _bias_slot(layer: QuantizedLayer) -> tuple[Node, Node | None] | str:

@@ -23,11 +23,13 @@ from rich.table import Table
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from qgraph.backend import Placement
 from qgraph.collect import collect
+from qgraph.effects import at_run_time
+from qgraph.formats import SITES, run_time_format
 from qgraph.histogram import Histogram
 from qgraph.isolate import Isolated, evaluate, isolate, power, source
 from qgraph.observe import Observer
-from qgraph.reference import dequantize, dynamic_quantize
 from qgraph.text import target_name
 from qgraph.types import QSpec
 from qgraph.views import Embedding, view, view_any
@@ -103,14 +105,14 @@ def decibel(signal: float, error: float) -> float:
 
 
 def losses(
-    quantized: GraphModule, batches: Iterable[Any] | None, *, run_time: tuple[type, ...] = (), progress: bool | None = None
+    quantized: GraphModule, batches: Iterable[Any] | None, *, placement: Placement | None = None, progress: bool | None = None
 ) -> Sensitivity:
-    """Measures a graph that insert_fake_quant has made; it is not changed. `run_time`: the interfaces that the backend computes with ranges
-    found at run time.
+    """Measures a graph that insert_fake_quant has made; it is not changed. With `placement`, static ranges are compared with those found
+    at run time, where the backend has them (formats.run_time_format).
 
     Memory: quantized copies of the weights, a histogram for each input, and one batch. Raises CalibrationError when there are no batches."""
     plain, found = isolate(quantized)
-    probes = [_Probe(site, run_time) for site in found]
+    probes = [_Probe(site, placement) for site in found]
     ranges: dict[Node, Observer] = {p.x: Observer(UNSIGNED, Histogram(), name=p.site.label) for p in probes if p.x is not None}
     if probes:
         collect(plain, _listeners(probes, ranges), batches, label="sensitivity", progress=progress)
@@ -140,22 +142,24 @@ def _listeners(probes: Sequence[_Probe], ranges: Mapping[Node, Observer]) -> dic
 class _Probe:
     """Sums over the data of one operation: the power of its float output, and of what each quantized form adds to it."""
 
-    def __init__(self, site: Isolated, run_time: tuple[type, ...]) -> None:
-        self.site = site
+    def __init__(self, site: Isolated, placement: Placement | None) -> None:
+        self.site, v = site, view_any(SITES, site.node)
+        found = None if placement is None else run_time_format(v, placement)
+        self.run_time = None if found is None else found.activation_spec()
         self.values = dict.fromkeys(site.inputs.values())
         self.x = None if view(Embedding, site.node) is not None else site.inputs.get(site.x)
-        self.signal, self.error = 0.0, dict.fromkeys(self.forms(view_any(run_time, site.node) is not None), 0.0)
+        self.signal, self.error = 0.0, dict.fromkeys(self.forms(), 0.0)
         self.constants = {o: (evaluate(source(o), {}), evaluate(o, {})) for o in (site.x, site.weight) if o not in site.inputs}
         self.waiting: dict[Node, Tensor] = {}
 
-    def forms(self, run_time: bool) -> Iterator[str]:
+    def forms(self) -> Iterator[str]:
         weight, x = self.site.formats
         yield "all"
         if weight is not None:
             yield "weight"
         if x is not None:
             yield "x"
-            if run_time and not x.dynamic:
+            if self.run_time is not None and not x.dynamic:
                 yield "run time"
 
     def listener(self, value: Node) -> Callable[[Tensor], None]:
@@ -179,8 +183,8 @@ class _Probe:
         for form in self.error:
             taken = {"all": (x, weight), "weight": (weight,), "x": (x,), "run time": (weight,)}[form]
             known = plain | {o: coarse[o] for o in taken}
-            if form == "run time":
-                known[x] = _at_run_time(plain[x])
+            if form == "run time" and self.run_time is not None:
+                known[x] = at_run_time(plain[x], self.run_time)
             self.error[form] += power(evaluate(node, known) - y)
 
     def row(self, ranges: Mapping[Node, Observer]) -> Loss:
@@ -200,10 +204,6 @@ class _Probe:
             effect=None,
             place=self.site.place,
         )
-
-
-def _at_run_time(x: Tensor) -> Tensor:
-    return dequantize(*dynamic_quantize(x, UNSIGNED.dtype, UNSIGNED.symmetric), UNSIGNED.dtype)
 
 
 def _iqr(seen: Observer) -> float | None:

@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 from qgraph.diagonal import Group, Member
 from qgraph.edit import erase, named_targets
 from qgraph.errors import QGraphError
+from qgraph.moments import MOMENTS
 from qgraph.onnx_ops import OnnxOp, op
 from qgraph.rewriter import Rewriter
 from qgraph.slots import with_operands
@@ -40,8 +41,22 @@ def migrate(gm: GraphModule, group: Group, d: Tensor, *, by: str = "migrate") ->
     members = (*group.producers, *group.consumers, *group.shifts)
     for member in members:
         _rewrite(member, padded[member.channels], Rewriter(gm, member.node, by=by))
+    for node, channels in group.values.items():
+        if (kept := node.meta.get(MOMENTS)) is not None:
+            node.meta[MOMENTS] = kept.times(padded[channels])
     gm.recompile()
     return len({m.node for m in members})
+
+
+def misfit(group: Group, d: Tensor) -> str | None:
+    """Which 16-bit constant would leave its type when the group's values are scaled by d, as a sentence; None where all fit."""
+    padded = torch.cat([d.detach().double(), torch.ones(1, dtype=torch.float64)])
+    for member in (*group.producers, *group.consumers, *group.shifts):
+        for constant, fn in _changes(member, padded[member.channels]).values():
+            value = const_value(constant)
+            if value is not None and value.dtype == torch.float16 and not _fits(fn(value), value):
+                return f"@{constant.target} would not fit float16 with its factors"
+    return None
 
 
 def magnitudes(members: Iterable[Member], size: int) -> Tensor:
@@ -80,19 +95,29 @@ def multiply(gm: GraphModule, value: Node, readers: Sequence[Node], d: Tensor, *
 
 def _rewrite(member: Member, d: Tensor, rw: Rewriter) -> None:
     node, old = member.node, list(member.node.all_input_nodes)
-    v: Any = view_any((Linear, Conv, Norm, BatchNorm, Elementwise), node)
+    changes = _changes(member, d)
+    new = {role: _new(rw, constant, fn) for role, (constant, fn) in changes.items()}
+    if "" in new:
+        node.replace_input_with(changes[""][0], new[""])
+    else:
+        v = view_any((Linear, Conv, Norm, BatchNorm), node)
+        _set(node, **(new if "weight" in new else {"weight": _ones(rw, v, d), **new}))
+    _drop(rw.gm, old)
+
+
+def _changes(member: Member, d: Tensor) -> dict[str, tuple[Node, Callable[[Tensor], Tensor]]]:
+    """Role -> (the constant that has it, what becomes of that); the role is "" where the constant is any operand."""
+    v: Any = view_any((Linear, Conv, Norm, BatchNorm, Elementwise), member.node)
     if member.operand is not None:
-        node.replace_input_with(member.operand, _new(rw, member.operand, lambda c: _broadcast(c, d)))
-    elif isinstance(v, Elementwise):
+        return {"": (member.operand, lambda c: _broadcast(c, d))}
+    if isinstance(v, Elementwise):
         constant = next(x for x in v.inputs if isinstance(x, Node) and is_const(x))
         inverted = (member.side == "input") != (v.kind == "div")
-        node.replace_input_with(constant, _new(rw, constant, lambda c: _times(c, 1 / d if inverted else d)))
-    elif member.side == "input":
-        _set(node, weight=_new(rw, v.weight, lambda w: Weight(v, w).scaled(1 / d, v.in_axis)))
-    else:
-        weight = _ones(rw, v, d) if v.weight is None else _new(rw, v.weight, lambda w: _outputs_times(v, w, d))
-        _set(node, weight=weight, **({} if v.bias is None else {"bias": _new(rw, v.bias, lambda b: _times(b, d))}))
-    _drop(rw.gm, old)
+        return {"": (constant, lambda c: _times(c, 1 / d if inverted else d))}
+    if member.side == "input":
+        return {"weight": (v.weight, lambda w: Weight(v, w).scaled(1 / d, v.in_axis))}
+    weight = {} if v.weight is None else {"weight": (v.weight, lambda w: _outputs_times(v, w, d))}
+    return weight if v.bias is None else {**weight, "bias": (v.bias, lambda b: _times(b, d))}
 
 
 def _outputs_times(v: Linear | Conv | Norm | BatchNorm, weight: Tensor, d: Tensor) -> Tensor:
@@ -117,9 +142,14 @@ def _new(rw: Rewriter, old: Node, fn: Callable[[Tensor], Tensor]) -> Node:
     if value is None:
         raise QGraphError(f"%{old.name}, which %{rw.root.name} reads, is no constant any more")
     new = fn(value).to(value.dtype)
-    if not bool(new.isfinite().all()) and bool(value.isfinite().all()):
+    if not _fits(new, value):
         raise QGraphError(f"@{old.target} does not fit {value.dtype} when it takes in factors")
     return rw.const(new, name=str(old.target))
+
+
+def _fits(new: Tensor, old: Tensor) -> bool:
+    """What was finite is so in its own type."""
+    return bool(new.to(old.dtype).isfinite().all()) or not bool(old.isfinite().all())
 
 
 def _ones(rw: Rewriter, v: Norm, d: Tensor) -> Node:

@@ -88,12 +88,14 @@ class Pass(PassBase):
     `name` defaults to the class name in snake case. Called with a GraphModule it works alone and in torch's PassManager.
 
     As a stage of a recipe a pass runs `at` the float graph, before it is annotated; at the observed one, before data reaches the observers;
-    or at the quantized one, when observers have become fake_quantize. `needs_data`: it reads the context's data, so it waits for `calibrate`."""
+    or at the quantized one, when observers have become fake_quantize. `needs_data`: it reads the context's data, so it waits for `calibrate`.
+    `fills_ranges`: it gives ranges to observers, which then need no data."""
 
     name: ClassVar[str]
     contract: ClassVar[Contract] = EXACT
     at: ClassVar[Literal["float", "observed", "quantized"]] = "float"
     needs_data: ClassVar[bool] = False
+    fills_ranges: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         if "name" not in cls.__dict__:

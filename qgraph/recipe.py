@@ -82,6 +82,9 @@ STAGES: dict[str, str | Callable[..., Pass]] = {
     "cle": "qgraph.passes.equalize:Equalize",
     "relax-clip": "qgraph.passes.relax_clip:RelaxClip",
     "absorb-high-bias": "qgraph.passes.absorb_high_bias:AbsorbHighBias",
+    "absorb-from-moments": "qgraph.passes.absorb_high_bias:AbsorbFromMoments",
+    "ranges-from-moments": "qgraph.passes.ranges_from_moments:RangesFromMoments",
+    "correct-from-moments": "qgraph.passes.bias_correct:CorrectFromMoments",
     "reducerange": "qgraph.passes.reduce_range:ReduceRange",
     "mixed": "qgraph.passes.mixed:Mixed",
     "biascorrect": "qgraph.passes.bias_correct:BiasCorrect",
@@ -96,6 +99,18 @@ def register_stage(name: str, factory: Callable[..., Pass]) -> None:
 
 
 ALIASES: dict[str, Mapping[str, Any]] = {
+    "dfq": {
+        "weights": {"bits": 8},
+        "activations": {"bits": 8, "per": "tensor", "unsigned": True},
+        "embeddings": {"bits": 8, "group": 128, "symmetric": True},
+        "stages": ["cle", "absorb-from-moments", "ranges-from-moments", "correct-from-moments"],
+    },
+    "w8a8-encoder": {  # one pass more in front of products that read a residual stream, for 2 dB more than without
+        "weights": {"bits": 8},
+        "activations": {"bits": 8, "per": "token", "symmetric": False, "unsigned": True, "dynamic": True},
+        "embeddings": {"bits": 8, "group": 128, "symmetric": True},
+        "stages": [{"smoothquant": {"alpha": 0.5, "explicit": True}}],
+    },
     "zeroquant": {
         "weights": {"bits": 8, "group": 128, "symmetric": True},
         "activations": {"bits": 8, "per": "token", "symmetric": True, "dynamic": True},
@@ -146,7 +161,8 @@ class Recipe:
     @property
     def needs_data(self) -> bool:
         """True when calibration data is needed, for ranges or for a stage."""
-        return self.static or any(p.needs_data for p in self.stages)
+        observed = self.static and not any(p.fills_ranges for p in self.stages)
+        return observed or any(p.needs_data for p in self.stages)
 
 
 FLOAT_BITS = 16
@@ -154,7 +170,7 @@ FLOAT_BITS = 16
 
 _SCHEME = re.compile(r"w(\d+)a(\d+)(?:kv(\d+))?((?:-[a-z0-9]+)*)")
 _SUFFIXES = ("dynamic", "token", "g<SIZE>", "sym", "asym", "tensor")
-NAMES = ("w8a8", "w8a8-dynamic", "w8a16", "w4a16-g128", "w4a8-g128")
+NAMES = ("w8a8", "w8a8-dynamic", "w8a8-token-asym", "w8a8-encoder", "w8a16", "w4a16-g128", "w4a8-g128")
 """The recipes that the README and the CLI list; any other NAME of the grammar works as well."""
 
 

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node, map_arg
 
 from qgraph.edit import add_constant
-from qgraph.text import path_of
+from qgraph.text import ALSO, path_of
 from qgraph.types import TensorType, type_of
 from qgraph.views import const_value
 
@@ -38,7 +38,7 @@ class _Untyped(Exception):
     """A value of which no fake tensor can be made."""
 
 
-_ORIGIN = ("nn_module_stack", "stack_trace", "source_fn_stack", "name")
+_ORIGIN = ("nn_module_stack", "stack_trace", "source_fn_stack", "name", ALSO)
 
 
 class Rewriter:

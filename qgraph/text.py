@@ -81,6 +81,10 @@ def _renumbered(x: str, y: str, numbers: dict[tuple[int, str], str]) -> list[str
     return [numbers.get((indent, n)) for n in _NUMBER.findall(y)]
 
 
+ALSO = "also"
+"""The key of `node.meta` that holds the names of equal operations that were merged into this one."""
+
+
 def path_of(node: Node) -> str:
     """What users call the node: its ONNX name, the path of the module that made it ("encoder.layer.0.query"), else its FX name."""
     if name := node.meta.get("name"):

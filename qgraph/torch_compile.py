@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from qgraph.annotate import SITES
 from qgraph.api import convert, lower, prepare
 from qgraph.backend import Backend
 from qgraph.capture import capture
 from qgraph.edit import add_constant, copy_graph
 from qgraph.errors import RecipeError
+from qgraph.formats import SITES
 from qgraph.recipe import Recipe, load_recipe
 from qgraph.views import view_any
 

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 import qgraph
 from qgraph.cli import main
+from qgraph.recipe import STAGES
 from tests import small
 
 
@@ -123,11 +124,24 @@ def test_inspect_says_why_onnxruntime_cannot_load_a_file(tmp_path):
     assert "refuses the model" in text and "Odd" in text
 
 
-def test_passes_lists_every_pass_with_its_contract():
+def test_what_a_stage_refused_is_listed(tmp_path):
+    text = """<ir_version: 9, opset_import: ["": 20]> g (float[N,2] x) => (float[N,2] z)
+        <float[2,2] w = {1, 0.5, -2, 1}> { [first] y = MatMul (x, w) z = Relu (y) }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "float.onnx")
+    np.savez(tmp_path / "data.npz", x=np.random.default_rng(0).normal(size=(4, 2)).astype(np.float32))
+    wanted = ("quantize", tmp_path / "float.onnx", "-o", tmp_path / "int8.onnx", "--recipe", "w8a8+biascorrect")
+    found = run(*wanted, "--calibration", tmp_path / "data.npz").stdout
+    assert "declined     bias_correct at first: MatMul takes no bias" in found
+    (refused,) = json.loads(run(*wanted, "--calibration", tmp_path / "data.npz", "--json").stdout)["declined"]
+    assert refused["node"] == "first"
+
+
+def test_passes_lists_every_pass_with_its_contract_and_its_stage():
     lines = run("passes").stdout.splitlines()
     names = {line.split()[0] for line in lines}
     assert {"canonicalize", "fold_constants", "fold_batch_norm", "insert_observers", "fold_fake_quant", "remove_dead"} <= names
     assert all(len(line.split()) > 3 for line in lines)
+    assert {line.split()[2] for line in lines} >= {f"+{stage}" for stage in STAGES}
 
 
 def test_diff_shows_the_changed_nodes_only(files):

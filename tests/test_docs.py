@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from qgraph import passes
+from qgraph.backends.onnxruntime import legalize
 from qgraph.cli import main
 from tests import small
 
@@ -48,3 +50,19 @@ def test_the_readme_names_every_recipe_and_command():
     from qgraph.recipe import NAMES
 
     assert [word for word in (*NAMES, *(f"qgraph {c}" for c in main.commands), "make demo", "make test") if word not in text] == []
+
+
+def named(page: Path) -> list[str]:
+    """What the first column of the page's tables names in code, in order."""
+    return re.findall(r"^\| `(\w+)` \|", page.read_text(), re.MULTILINE)
+
+
+def test_the_table_of_passes_has_them_all():
+    found = {name for name in passes.__all__ if isinstance(getattr(passes, name), type)}
+    assert sorted(named(ROOT / "passes" / "README.md")) == sorted(found)
+
+
+def test_the_passes_of_the_onnxruntime_backend_are_listed_in_their_order():
+    names = [p.name for p in legalize.LEGALIZE]
+    assert [n for n in named(ROOT / "backends" / "README.md") if n in names] == names
+    assert re.findall(r"\w+", legalize.__doc__.split("\n\n")[1].replace("->", "")) == names

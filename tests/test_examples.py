@@ -53,6 +53,6 @@ def test_every_example_but_the_demo_is_listed_here():
     assert {p.name for p in EXAMPLES.glob("*.py")} == {*SHOWS, "demo.py"}
 
 
-@pytest.mark.parametrize("path", EXAMPLES.glob("*.py"), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.name)
 def test_an_example_has_at_most_80_lines(path):
     assert len(path.read_text().splitlines()) <= 80

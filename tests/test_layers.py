@@ -96,6 +96,18 @@ def test_a_layer_without_a_place_for_a_bias_is_declined(body: str, constants: di
     assert [d.reason for d in ctx.declines] == [reason]
 
 
+def test_layers_in_bodies_of_control_flow_are_declined() -> None:
+    body = """y = If (c) <then_branch = t () => (float[N,3] t0) { m = MatMul (x, w) t0 = Add (m, b) },
+                          else_branch = e () => (float[N,3] e0) { e0 = Gemm (x, v, b) }>"""
+    model = gemm_model(f"z = ReduceMax <keepdims = 0> (x) c = Cast <to = 9> (z) {body}", w=W, v=W.flip(0), b=B)
+    graph = simulated(model, [{"x": ROWS[0]["x"].numpy()}], "w8a8-dynamic")
+    ctx = Context()
+    assert layers(graph, ctx, by="test") == {}
+    assert len(ctx.declines) == 2 and {d.reason for d in ctx.declines} == {
+        "it is in a body of control flow; layers of the graph itself are corrected"
+    }
+
+
 def test_a_bias_that_two_layers_share_is_changed_for_one() -> None:
     class Shared(nn.Module):
         def __init__(self):

@@ -12,7 +12,7 @@ from qgraph.diagonal import diagonals
 from qgraph.edit import graph_modules
 from qgraph.errors import QGraphError
 from qgraph.fields import components, reshaped
-from qgraph.migrate import migrate, multiply
+from qgraph.migrate import migrate, misfit, multiply
 from qgraph.passes import SinkConstants
 from qgraph.testing import from_onnx, from_torch
 from qgraph.text import text
@@ -233,6 +233,19 @@ def test_factors_that_do_not_fit_are_refused():
         migrate(gm, group, torch.ones(5))
     with pytest.raises(QGraphError, match="positive"):
         migrate(gm, group, torch.tensor([1.0, 1, 1, 0, 1, 1]))
+
+
+def test_factors_that_leave_float16_are_found_before_anything_changes():
+    net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)).half()
+    gm, _ = from_torch(net, ROWS.half())
+    (group,) = diagonals(gm).groups
+    d = torch.ones(6)
+    assert misfit(group, d) is None
+    d[2] = 1e6
+    assert misfit(group, d) == "@0.weight would not fit float16 with its factors"
+    assert misfit(group, 1 / d) == "@2.weight would not fit float16 with its factors"
+    wide, _ = from_torch(net.float(), ROWS)
+    assert misfit(diagonals(wide).groups[0], d) is None
 
 
 @given(st.lists(st.tuples(st.integers(0, 19), st.integers(0, 19)), max_size=30))

@@ -20,8 +20,8 @@ from qgraph.passes import InsertFakeQuant
 from qgraph.pipeline import Context
 from qgraph.qparams import minmax
 from qgraph.reference import fake_quantize
-from qgraph.sensitivity import effects
-from qgraph.types import PerAxis, QSpec
+from qgraph.effects import Effects
+from qgraph.types import PerAxis, PerToken, QSpec
 from tests import outlier
 
 BATCHES = outlier.batches()
@@ -73,7 +73,7 @@ def test_losses_are_those_of_the_operation_computed_directly(origin):
     assert row.sqnr == pytest.approx(sqnr(linear(xq, wq, b1)), abs=1e-2)
     assert row.weight_sqnr == pytest.approx(sqnr(linear(x, wq, b1)), abs=1e-2)
     assert row.x_sqnr == pytest.approx(sqnr(linear(xq, w1, b1)), abs=1e-2)
-    each = torch.cat([fake(part, QSpec("uint8", symmetric=False)) for part in x.split(6)])
+    each = fake(x, QSpec("uint8", False, PerToken(), dynamic=True))
     assert row.run_time_sqnr == pytest.approx(sqnr(linear(each, wq, b1)), abs=1e-2)
     low, high = np.quantile(x.numpy(), [0.25, 0.75])
     assert row.iqr == pytest.approx(high - low, abs=2 * float(x.max()) / 2048)
@@ -115,7 +115,8 @@ def test_the_effect_is_that_of_the_model_with_rules(origin, which):
 def test_an_effect_sorts_the_rows():
     found = table("onnx", effect="alone")
     assert [r.effect for r in found] == sorted(r.effect for r in found)
-    assert effects(quantized("onnx"), BATCHES, "alone") == {r.place: r.effect for r in found}
+    effects = Effects(quantized("onnx"), BATCHES)
+    assert {place: decibel(1.0, effects.alone(place)) for place in effects.sites} == {r.place: r.effect for r in found}
 
 
 def test_batches_may_be_cut_in_any_way():

@@ -1,7 +1,7 @@
 """Passes that turn an onnx-dialect graph with qg ops into what ONNX Runtime's CPU provider fuses (see backends/README.md for the table).
 
-    open_fused -> modernize -> fuse_attention -> fold_pad -> absorb_activation -> turn_weights -> widen_half -> claim_kernels
-    -> multiply_out_weights -> quantize_biases -> lower_qg_ops -> shield_float -> keep_apart -> merge_equal
+    open_fused -> whole_ops -> modernize -> fuse_attention -> fold_pad -> absorb_activation -> turn_weights -> widen_half
+    -> claim_kernels -> multiply_out_weights -> quantize_biases -> lower_qg_ops -> shield_float -> keep_apart -> merge_equal
 
 Every pass is usable alone; after the last one no qg op is left.
 """
@@ -34,10 +34,11 @@ from qgraph.ledger import Entry, state
 from qgraph.ops import Q, quantize_bias
 from qgraph.passes.absorb_activation import AbsorbActivation
 from qgraph.passes.fold_pad import FoldPad
+from qgraph.passes.merge_equal import MergeEqual
 from qgraph.pattern import Const, Match, Op, Opt, Var
 from qgraph.pipeline import EQUIVALENT, EXACT, Context, Contract, Pass
 from qgraph.qparams import BIAS_LIMIT
-from qgraph.rewrite import Rewriter, erase, graph_modules, rule
+from qgraph.rewrite import Rewriter, graph_modules, rule
 from qgraph.text import path_of, where
 from qgraph.views import Conv, Dequantize, Linear, Quantize, const_value, key, view
 
@@ -94,7 +95,8 @@ class ClaimKernels(Pass):
     contract: ClassVar[Contract] = EQUIVALENT(1e-2)
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
-        return emit(gm, ctx, unsigned, unsigned_rows, pool_in_integers, hard_swish_in_integers) + emit(gm, ctx, *LINEAR_RULES, weights.gather)
+        count = emit(gm, ctx, unsigned, unsigned_rows, pool_in_integers, hard_swish_in_integers)
+        return count + emit(gm, ctx, *LINEAR_RULES, weights.gather)
 
 
 @dataclass(frozen=True)
@@ -186,47 +188,6 @@ class LowerQgOps(Pass):
                 f"{where(left[0])}: the onnxruntime backend has no lowering for {left[0].target}; add it to its table LOWER"
             )
         return count
-
-
-@dataclass(frozen=True)
-class MergeEqual(Pass):
-    """One quantization, Cast or concatenation for all consumers of a value."""
-
-    contract: ClassVar[Contract] = EXACT
-    kinds: tuple[str, ...] = (
-        "Cast",
-        "Concat",
-        "DynamicQuantizeLinear",
-        "QuantizeLinear",
-        "DequantizeLinear",
-        "getitem",
-    )
-
-    def run(self, gm: GraphModule, ctx: Context) -> int:
-        return sum(self._merge(part) for part in graph_modules(gm))
-
-    def _merge(self, gm: GraphModule) -> int:
-        known: dict[Any, Node] = {}
-        count = 0
-        for node in list(gm.graph.nodes):
-            if node.op != "call_function" or getattr(node.target, "__name__", "") not in self.kinds or "onnx" in node.meta:
-                continue
-            first = known.setdefault((node.target, _frozen(node.args), _frozen(node.kwargs)), node)
-            if first is not node:
-                node.replace_all_uses_with(first)
-                erase(node)
-                count += 1
-        if count:
-            gm.recompile()
-        return count
-
-
-def _frozen(value: Any) -> Any:
-    if isinstance(value, Node) and value.op == "get_attr":
-        return str(value.target)
-    if isinstance(value, dict):
-        return tuple((k, _frozen(v)) for k, v in value.items())
-    return tuple(map(_frozen, value)) if isinstance(value, tuple | list) else value
 
 
 LEGALIZE: tuple[Pass, ...] = (

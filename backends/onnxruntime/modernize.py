@@ -1,6 +1,6 @@
-"""Opset -> the first one that has the operator which a chain in the model computes: Attention (23), Gelu (20).
+"""Opset -> 23, the first one that has Attention, where a chain in the model computes it.
 
-ONNX Runtime has a kernel for each of them, and runs what exporters write for older opsets in parts. The opset stays where some node of the
+ONNX Runtime has a kernel for it, and runs what exporters write for older opsets in parts. The opset stays where some node of the
 model cannot be carried over.
 """
 
@@ -13,7 +13,6 @@ from typing import ClassVar
 
 from torch.fx import Graph, GraphModule, Node
 
-from qgraph import chains
 from qgraph.attention import find_attention
 from qgraph.backends.onnxruntime.attention import ATTENTION
 from qgraph.errors import ModelError
@@ -23,38 +22,25 @@ from qgraph.onnx_upgrade import upgrade_node
 from qgraph.passes.recompose import Recompose
 from qgraph.pipeline import EQUIVALENT, Context, Contract, Pass
 from qgraph.rewrite import graph_modules
-from qgraph.views import Elementwise, view
 
 log = logging.getLogger(__name__)
-
-GELU = 20
-"""The opset that first has the operator."""
 
 
 @dataclass(frozen=True)
 class Modernize(Pass):
-    """Raises the opset where that makes operators of chains, and recomposes those that it may."""
+    """Raises the opset for Attention, and recomposes what the new one has operators for."""
 
     contract: ClassVar[Contract] = EQUIVALENT(1e-5)
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
-        wanted = {version for part in graph_modules(gm) for n in part.graph.nodes if (version := _wants(n))}
-        count = 0
-        for version in sorted((v for v in wanted if v > opset(gm)), reverse=True):
-            reason = obstacle(gm, version)
-            if reason is None:
-                require_opset(gm, version, "Attention" if version == ATTENTION else "Gelu")
-                count = 1
-                break
-            log.info("the model stays below opset %d: %s", version, reason)
-        return count + Recompose().run(gm, ctx) if wanted else 0
-
-
-def _wants(node: Node) -> int:
-    if find_attention(node) is not None:
-        return ATTENTION
-    found = chains.pointwise(node) if view(Elementwise, node) is not None else None
-    return GELU if isinstance(found, chains.Pointwise) and found.kind in ("gelu", "gelu_tanh") else 0
+        nodes = (n for part in graph_modules(gm) for n in part.graph.nodes)
+        if opset(gm) >= ATTENTION or not any(find_attention(n) is not None for n in nodes):
+            return 0
+        if (reason := obstacle(gm, ATTENTION)) is not None:
+            log.info("the model stays below opset %d: %s", ATTENTION, reason)
+            return 0
+        require_opset(gm, ATTENTION, "Attention")
+        return 1 + Recompose().run(gm, ctx)
 
 
 def obstacle(gm: GraphModule, version: int) -> str | None:

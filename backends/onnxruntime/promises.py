@@ -179,7 +179,7 @@ def matmul_integer(node: ir.Node) -> Promise | None:
     return Promise(node, usual if alone else usual[::-1], tuple(names))
 
 
-@promises(f"{MICROSOFT}::MatMulNBits", f"{MICROSOFT}::MatMulIntegerToFloat", f"{MICROSOFT}::GatherBlockQuantized")
+@promises(*(f"{MICROSOFT}::{kind}" for kind in ("MatMulNBits", "MatMulIntegerToFloat", "GatherBlockQuantized", "QLinearMul")))
 def native(node: ir.Node) -> Promise | None:
     return Promise(node, (node.op_type,), chain(node)[0])
 

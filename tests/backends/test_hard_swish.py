@@ -4,6 +4,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from qgraph.backends.onnxruntime import OnnxRuntime
 from qgraph.backends.onnxruntime.legalize import ClaimKernels, LowerQgOps
 from qgraph.onnx_io import to_proto
 from qgraph.pipeline import Context, Pipeline
@@ -55,3 +56,8 @@ def test_a_shift_that_has_no_zero_point_stays_float():
 def test_a_second_run_changes_nothing():
     gm = curve()
     assert ClaimKernels().run(gm, Context()) and not ClaimKernels().run(gm, Context())
+
+
+def test_the_product_is_promised_and_read_back():
+    found = OnnxRuntime(threads=1).lower(curve()).kernels()
+    assert [(k.promised, k.became) for k in found] == [("QLinearMul", "QLinearMul")]

@@ -10,7 +10,6 @@ from qgraph.backends.onnxruntime.half import WidenHalf
 from qgraph.backends.onnxruntime.legalize import (
     ClaimKernels,
     LowerQgOps,
-    MergeEqual,
     MultiplyOutWeights,
     QuantizeBiases,
     TurnWeights,
@@ -21,6 +20,7 @@ from qgraph.backends.onnxruntime.standard import onnx_integer
 from qgraph.errors import LoweringError
 from qgraph.onnx_io import opset
 from qgraph.ops import Q, quantize_bias
+from qgraph.passes import MergeEqual
 from qgraph.pipeline import Context
 from qgraph.testing import check
 from qgraph.text import text

@@ -109,7 +109,7 @@ def minilm() -> RealModel:
     return RealModel(
         name="minilm",
         title="MiniLM-L6 (PyTorch)",
-        recipe=load_recipe("w8a8-dynamic"),
+        recipe=load_recipe("w8a8-encoder"),
         model=encoder,
         float_onnx=_file("minilm.onnx", lambda path: _export(encoder, example, path, output_names=["last_hidden_state"], **names)),
         metric=lambda feeds, a, b: Metric("cosine", 1.0, measure.sentence_cosine(a, b, feeds["attention_mask"].astype(bool))),

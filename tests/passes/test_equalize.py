@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import qgraph
+from qgraph.ledger import state
 from qgraph.passes.equalize import Equalize
 from qgraph.passes.relax_clip import RelaxClip
 from qgraph.pipeline import Context, Pipeline
@@ -113,3 +114,20 @@ def test_onnx_only_clips_from_0_are_relaxed(low, changed):
         <float low = {{{low}}}, float high = {{6}}> {{ y = Clip (x, low, high) }}"""
     gm, _ = from_onnx(source, torch.randn(2, 3))
     assert RelaxClip()(gm).modified == changed
+
+
+def test_factors_that_would_leave_float16_are_declined():
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)).half()
+    with torch.no_grad():
+        net[0].weight.copy_(torch.eye(4) * 60000)
+        net[0].bias.fill_(0.5)
+        net[2].weight.fill_(2.0**-20)
+        net[2].weight[:, 0] = 60000.0
+        net[0].weight[0, 0] = 2.0**-20
+        net[0].bias[0] = 60000.0
+    gm, _ = from_torch(net, torch.randn(2, 4).half())
+    before = gm(torch.ones(2, 4).half())
+    assert Equalize().run(gm, Context()) == 0
+    assert torch.equal(gm(torch.ones(2, 4).half()), before)
+    entry = state(gm).ledger.get("2", "scale")
+    assert entry is not None and (entry.decision, entry.reason) == ("unchanged", "@0.bias would not fit float16 with its factors")

@@ -130,3 +130,15 @@ def test_each_body_of_control_flow_is_merged_for_itself():
     assert MergeEqual().run(gm, qgraph.pipeline.Context()) == 1
     assert sorted(name for body in graph_modules(gm) for name in ops(body)) == ["Abs", "Add", "If", "Neg", "Neg"]
     torch.testing.assert_close(list(gm(X, torch.tensor(True))), want)
+
+
+def test_a_rule_may_name_either_of_two_merged_operations():
+    model = from_text(
+        "[first] a = MatMul (x, w) [second] b = MatMul (x, w) [sum] c = Add (a, b) [third] y = MatMul (c, w)",
+        X, constants="float[4,4] w = {1,0,0,2,0,3,1,0,0,1,1,0,2,0,0,1}",
+    )[0]  # fmt: skip
+    for rule in ("first", "second"):
+        recipe = qgraph.load_recipe("w8a8-dynamic", [f"rules.{rule}=null"])
+        ledger = qgraph.prepare(qgraph.to_onnx(model), recipe=recipe).meta["qgraph"].ledger
+        weights = {e.node: e.reason for e in ledger if e.role == "weight"}
+        assert weights == {"first": f"rule '{rule}' leaves it in float", "third": "recipe w8a8-dynamic"}

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qgraph
-from qgraph.annotate import OVERRIDE
 from qgraph.errors import CalibrationError, RecipeError
+from qgraph.formats import OVERRIDE
 from qgraph.losses import Loss, Sensitivity
 from qgraph.passes import Mixed
 from qgraph.pipeline import Context
@@ -85,12 +85,30 @@ def rows(*values: tuple[float, bool]) -> Sensitivity:
     return Sensitivity(tuple(sorted(made, key=lambda r: r.sqnr)))
 
 
-@given(st.lists(st.tuples(st.floats(0, 60), st.booleans()), max_size=12), st.floats(0, 1), st.integers(0, 12))
-def test_those_chosen_are_the_worst(values, fraction, keep):
+@given(st.lists(st.tuples(st.floats(0, 60), st.booleans()), max_size=12), st.floats(0, 1))
+def test_those_chosen_are_the_worst(values, fraction):
     found = rows(*values)
-    by_fraction = [r for r, _ in Mixed(fraction=fraction).chosen(found)]
-    assert by_fraction == list(found)[: len(by_fraction)]
+    by_fraction = [c.place for c in Mixed(fraction=fraction).chosen(found)]
+    assert by_fraction == [r.place for r in found][: len(by_fraction)]
     assert len(by_fraction) - 1 < fraction * len(found) <= len(by_fraction)
-    assert [r for r, _ in Mixed(threshold=20.0).chosen(found)] == [r for r in found if r.sqnr < 20]
-    assert [r for r, _ in Mixed(metric="iqr").chosen(found)] == [r for r in found if r.outlier]
-    assert len(list(Mixed(fraction=1.0, keep=keep).chosen(found))) == min(keep, len(found))
+    assert [c.place for c in Mixed(threshold=20.0, slack=0.0).chosen(found)] == [r.place for r in found if r.sqnr < 20]
+    assert [c.place for c in Mixed(metric="iqr").chosen(found)] == [r.place for r in found if r.outlier]
+
+
+@ORIGINS
+@pytest.mark.parametrize("target", [25.0, 35.0])
+def test_a_target_for_the_outputs_is_met_by_as_few_operations_as_will_do(origin, target):
+    gm = quantized(origin, Mixed(target=target, samples=24))
+    x = torch.cat([b[0] for b in BATCHES])
+    want, got = outlier.Net()(x).detach(), gm(x)
+    got = got[0] if isinstance(got, tuple | list) else got
+    assert 10 * torch.log10(want.square().sum() / (want - got).square().sum()) > target - 1
+    entry = gm.meta["qgraph"].ledger.get(outlier.SENSITIVE, "x")
+    assert "stage mixed (costs the output" in entry.reason
+    others = [e for e in gm.meta["qgraph"].ledger if e.role == "x" and e.node != outlier.SENSITIVE]
+    assert len(others) == 2 and all("recipe" in e.reason for e in others)
+
+
+def test_a_target_that_is_met_already_changes_nothing():
+    gm = quantized("onnx", Mixed(target=0.0))
+    assert set(decisions(gm).values()) == {"uint8 asym per tensor"}

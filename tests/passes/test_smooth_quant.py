@@ -1,5 +1,7 @@
 """Factors of equation 4 go into what makes the values, or into one product where asked; every linear is accounted for."""
 
+import math
+
 import numpy as np
 import onnx
 import pytest
@@ -109,10 +111,19 @@ def gelu_of(gm):
 def test_an_explicit_product_serves_linears_that_nothing_else_can(start):
     gm, _ = start()
     operations = len(text(gm).splitlines())
-    assert smoothed(SmoothQuant(0.5, explicit=True), gm) == 5
+    always = SmoothQuant(0.5, explicit=True, worth=math.inf)
+    assert smoothed(always, gm) == 5
     assert len(text(gm).splitlines()) == operations + 1
     assert [d for d, _ in scales(gm).values()].count("smoothquant alpha 0.5, 1 readers") == 1
-    assert smoothed(SmoothQuant(0.5, explicit=True), gm) == 0, "the product is now what takes factors in"
+    assert smoothed(always, gm) == 0, "the product is now what takes factors in"
+
+
+def test_a_product_that_does_not_lessen_the_error_enough_is_not_made():
+    gm, _ = from_torch(Block(), DATA[0])
+    operations = len(text(gm).splitlines())
+    assert smoothed(SmoothQuant(0.5, explicit=True, worth=0.0), gm) == 3
+    assert len(text(gm).splitlines()) == operations
+    assert scales(gm)["c"] == ("unchanged", "no alpha lessens its error enough")
 
 
 @torch.no_grad()
