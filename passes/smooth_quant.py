@@ -25,7 +25,7 @@ from qgraph.edit import graph_modules
 from qgraph.errors import RecipeError
 from qgraph.formats import wanted
 from qgraph.ledger import Entry, Ledger, state
-from qgraph.migrate import magnitudes, migrate, multiply
+from qgraph.migrate import magnitudes, migrate, misfit, multiply
 from qgraph.pipeline import EQUIVALENT, Context, Contract, Pass
 from qgraph.qparams import choose_qparams, minmax
 from qgraph.recipe import Int, Recipe
@@ -104,10 +104,10 @@ class SmoothQuant(Pass):
     def _smooth(self, site: Site, seen: Mapping[Key, Channels], formats: Mapping[Node, Formats], ledger: Ledger) -> int:
         unseen = any(not len(seen[r.key].low) for r in site.readers)
         alpha, s = (None, torch.ones(site.size)) if unseen else self._chosen(site, seen, formats)
-        changed = bool(((s - 1).abs() > BALANCED).any()) and BISECTION.allows(self.name, site.readers[0].node)
+        obstacle = "the calibration data never reaches it" if unseen else None if site.group is None else misfit(site.group, 1 / s.double())
+        changed = not obstacle and bool(((s - 1).abs() > BALANCED).any()) and BISECTION.allows(self.name, site.readers[0].node)
         decision = f"smoothquant alpha {alpha:g}, {len(site.readers)} readers" if changed else UNCHANGED
-        reason = "no alpha lessens its error enough" if alpha is None else "its channels are balanced already"
-        reason = "the calibration data never reaches it" if unseen else reason
+        reason = obstacle or ("no alpha lessens its error enough" if alpha is None else "its channels are balanced already")
         for r in site.readers:
             ledger.record(_entry(site.names[r.node], r.node, decision, self.name, site.taken_by() if changed else reason))
         if not changed:
@@ -219,7 +219,9 @@ def _error(site: Site, seen: Mapping[Key, Channels], s: Tensor, formats: Mapping
         own, of, weight = padded[r.channels], seen[r.key], r.weight()
         exact = of.rows @ weight.T
         x = _rounded(of.rows / own, formats[r.node].x, (of.low / own).amin(), (of.high / own).amax())
-        total += float((x @ _rounded(weight * own, formats[r.node].weight).T - exact).square().sum() / exact.square().sum().clamp(min=1e-30))
+        total += float(
+            (x @ _rounded(weight * own, formats[r.node].weight).T - exact).square().sum() / exact.square().sum().clamp(min=1e-30)
+        )
     return total
 
 

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+FLOOR = 1e-20
+"""A mean square below this is that of a group of columns that are 0."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -23,9 +26,6 @@ class Grid:
 
     def nearest(self, rows: Tensor) -> Tensor:
         return self._snap(rows, self.scale, self.zero)
-
-    def rescaled(self, factor: Tensor | float) -> Grid:
-        return Grid(self.scale * factor, self.zero, self.low, self.high)
 
     def by_column(self, rows: Tensor, order: Tensor) -> Grid:
         """The grid of `by_column(rows, order)`."""
@@ -54,47 +54,35 @@ def cost(error: Tensor, h: Tensor) -> Tensor:
     return ((error @ h) * error).sum(-1)
 
 
-def damped(h: Tensor, share: float) -> Tensor:
-    """h with this share of its mean diagonal added to the diagonal, so that it can be inverted."""
-    mean = h.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-20)
-    return h + share * mean[:, None, None] * torch.eye(h.shape[-1], dtype=h.dtype)
-
-
 def round_rows(rows: Tensor, h: Tensor, grid: Grid, *, damp: float = 0.01, block: int = 64) -> Tensor:
     """Numbers of the grid that keep rows . x; never costlier than the nearest ones.
 
-    Columns are rounded one by one, those that matter most first; the rest of the row makes good for each error (Frantar et al., GPTQ,
-    2022, algorithm 1)."""
-    order = h.diagonal(dim1=-2, dim2=-1).argsort(-1, descending=True)
-    spread = _spread(by_column(by_column(damped(h, damp), order), order))
-    errors, inside, size = by_column(rows, order), grid.by_column(rows, order), rows.shape[-1]
+    Columns are rounded one by one, those that matter most first; the rest of the row makes good for their errors. This is GPTQ (Frantar et
+    al., 2022, algorithm 1) as rounding to the nearest plane of the lattice with basis h^1/2 (Babai): the numbers are the same, but the
+    Cholesky factor is that of h, so that nothing is inverted. `damp` is the share of h's mean diagonal that is added to its diagonal."""
+    order = h.diagonal(dim1=-2, dim2=-1).argsort(-1)
+    spread = _spread(by_column(by_column(h, order), order), damp)
+    errors, inside = by_column(rows, order), grid.by_column(rows, order)
     rest = errors.clone()
-    for start in range(0, size, block):
-        end = min(start + block, size)
-        for j in range(start, end):
+    for end in range(rows.shape[-1], 0, -block):
+        start = max(end - block, 0)
+        for j in range(end - 1, start - 1, -1):
             value = inside.column(rest[:, j], j)
             rest[:, j] = value
             errors[:, j] -= value
-            if j + 1 < end:
-                rest[:, j + 1 : end].baddbmm_(spread[:, j, j + 1 : end, None], errors[:, j, None])
-        if end < size:
-            rest[:, end:].baddbmm_(spread[:, start:end, end:].mT, errors[:, start:end])
+            if j > start:
+                rest[:, start:j].baddbmm_(spread[:, j, start:j, None], errors[:, j, None])
+        if start:
+            rest[:, :start].baddbmm_(spread[:, start:end, :start].mT, errors[:, start:end])
     result = torch.zeros_like(rows).scatter_(2, order[:, None].expand_as(rows), rest.mT)
     nearest = grid.nearest(rows)
     worse = cost(result - rows, h) > cost(nearest - rows, h)
     return torch.where(worse[..., None], nearest, result)
 
 
-def _spread(h: Tensor) -> Tensor:
-    """Where the error of a column goes: row j holds what one unit of error in column j adds to each later column.
-
-    The lower Cholesky factor of h read backwards, its columns divided by its diagonal: the rows of the upper factor of h^-1 that GPTQ
-    divides by theirs are, up to the sign, the same numbers (rounding to the nearest plane of a lattice), so nothing is inverted."""
-    lower = torch.linalg.cholesky(h.flip(-2, -1))
-    return (lower / lower.diagonal(dim1=-2, dim2=-1)[..., None, :]).flip(-2, -1)
-
-
-def best_factor(rows: Tensor, h: Tensor, grid: Grid, factors: list[float]) -> Tensor:
-    """The factor of the grid's scale, for each row, with which the nearest numbers cost least; [groups, rows, 1]."""
-    costs = torch.stack([cost(grid.rescaled(f).nearest(rows) - rows, h) for f in factors])
-    return torch.tensor(factors, dtype=rows.dtype)[costs.argmin(0)][..., None]
+def _spread(h: Tensor, damp: float) -> Tensor:
+    """Row j: what one unit of error in column j adds to each column before it. Changes h."""
+    diagonal = h.diagonal(dim1=-2, dim2=-1)
+    diagonal += damp * diagonal.mean(-1, keepdim=True).clamp(min=FLOOR)
+    lower = torch.linalg.cholesky(h)
+    return lower.div_(lower.diagonal(dim1=-2, dim2=-1)[..., None, :].clone())

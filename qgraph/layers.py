@@ -113,15 +113,14 @@ class QuantizedLayer:
         x = x.unflatten(1, (v.groups, -1)).movedim(0, 2)  # [groups, inputs, batch, *positions, *kernel]
         return x.movedim(tuple(range(3 + n, 3 + 2 * n)), tuple(range(2, 2 + n))).reshape(v.groups, self.weight[0].numel(), -1)
 
-    def set_weight(self, gm: GraphModule, weight: Tensor, scale: Tensor, *, by: str) -> None:
-        """Stores a weight and the scale of its fake quantization, which this layer alone reads."""
-        rw = Rewriter(gm, self.view.weight, by=by)
-        for old, value in ((self.fake.x, weight), (self.fake.scale, scale)):
-            new = rw.const(value, name=str(old.target))
-            new.meta[ORIGINAL] = old.meta.get(ORIGINAL, old.target)
-            self.view.weight.replace_input_with(old, new)
-            if not old.users:
-                gm.graph.erase_node(old)
+    def set_weight(self, gm: GraphModule, weight: Tensor, *, by: str) -> None:
+        """Stores a weight that this layer's fake quantization alone reads."""
+        old = self.fake.x
+        new = Rewriter(gm, self.view.weight, by=by).const(weight, name=str(old.target))
+        new.meta[ORIGINAL] = old.meta.get(ORIGINAL, old.target)
+        self.view.weight.replace_input_with(old, new)
+        if not old.users:
+            gm.graph.erase_node(old)
 
     def set_bias(self, gm: GraphModule, value: Tensor, *, by: str) -> None:
         """Stores the bias [N]; one that several nodes read is changed for this one alone."""

@@ -33,7 +33,6 @@ ORIGINAL = "original"
 """The key of a get_attr node's meta that names the tensor it read before a stage replaced it; "" for one that was not there."""
 
 
-
 def original(node: Node) -> Tensor:
     """The tensor that a constant node read before any stage."""
     value: Any = node.graph.owning_module
@@ -164,6 +163,7 @@ class _Models:
             schedule.run(values, done, cut)
             sizes.append(2 * _bytes(values))
             done = cut
+            schedule.computed.clear()
         return sizes
 
     def walk(self, feeds: Sequence[Sequence[Any]], counts: Sequence[int]) -> Iterator[At]:

@@ -27,14 +27,10 @@ from qgraph.backend import Placement
 from qgraph.collect import collect
 from qgraph.effects import at_run_time
 from qgraph.formats import SITES, run_time_format
-from qgraph.histogram import Histogram
 from qgraph.isolate import Isolated, evaluate, isolate, power, source
-from qgraph.observe import Observer
+from qgraph.statistics import Quantiles
 from qgraph.text import target_name
-from qgraph.types import QSpec
 from qgraph.views import Embedding, view, view_any
-
-UNSIGNED = QSpec("uint8", symmetric=False)
 
 
 @dataclass(frozen=True)
@@ -110,10 +106,10 @@ def losses(
     """Measures a graph that insert_fake_quant has made; it is not changed. With `placement`, static ranges are compared with those found
     at run time, where the backend has them (formats.run_time_format).
 
-    Memory: quantized copies of the weights, a histogram for each input, and one batch. Raises CalibrationError when there are no batches."""
+    Memory: quantized copies of the weights, a histogram for each input, and the inputs of all operations on one batch. Raises CalibrationError when there are no batches."""
     plain, found = isolate(quantized)
     probes = [_Probe(site, placement) for site in found]
-    ranges: dict[Node, Observer] = {p.x: Observer(UNSIGNED, Histogram(), name=p.site.label) for p in probes if p.x is not None}
+    ranges = {p.x: Quantiles(name=p.site.label) for p in probes if p.x is not None}
     if probes:
         collect(plain, _listeners(probes, ranges), batches, label="sensitivity", progress=progress)
     return ordered(with_outliers([p.row(ranges) for p in probes]))
@@ -123,7 +119,7 @@ def ordered(rows: Iterable[Loss]) -> Sensitivity:
     return Sensitivity(tuple(sorted(rows, key=lambda r: (r.effect if r.effect is not None else r.sqnr, r.sqnr, r.place))))
 
 
-def _listeners(probes: Sequence[_Probe], ranges: Mapping[Node, Observer]) -> dict[Node, Callable[[Tensor], None]]:
+def _listeners(probes: Sequence[_Probe], ranges: Mapping[Node, Quantiles]) -> dict[Node, Callable[[Tensor], None]]:
     readers: dict[Node, list[Callable[[Tensor], None]]] = {value: [watch.update] for value, watch in ranges.items()}
     for p in probes:
         for value in p.values:
@@ -187,7 +183,7 @@ class _Probe:
                 known[x] = at_run_time(plain[x], self.run_time)
             self.error[form] += power(evaluate(node, known) - y)
 
-    def row(self, ranges: Mapping[Node, Observer]) -> Loss:
+    def row(self, ranges: Mapping[Node, Quantiles]) -> Loss:
         weight, x = (str(f) if f is not None else "float" for f in self.site.formats)
         sqnr = {form: decibel(self.signal, error) for form, error in self.error.items()}
         return Loss(
@@ -199,19 +195,11 @@ class _Probe:
             weight_sqnr=sqnr.get("weight"),
             x_sqnr=sqnr.get("x"),
             run_time_sqnr=sqnr.get("run time"),
-            iqr=None if self.x is None else _iqr(ranges[self.x]),
+            iqr=None if self.x is None else ranges[self.x].interquartile_range,
             outlier=False,
             effect=None,
             place=self.site.place,
         )
-
-
-def _iqr(seen: Observer) -> float | None:
-    found = seen.statistic
-    if not isinstance(found, Histogram) or found.low is None:
-        return None
-    first, third = (float(found.quantiles(q, magnitude=False)) for q in (0.25, 0.75))
-    return third - first
 
 
 def with_outliers(rows: Sequence[Loss]) -> list[Loss]:

@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node, map_arg
 
 from qgraph.commute import moved
 from qgraph.errors import QGraphError
-from qgraph.lockstep import simulated
+from qgraph.lockstep import original, simulated
 from qgraph.moments import MOMENTS, Moments, constant, joined, normal, only_bounds, product_of, sum_of
 from qgraph.text import path_of, target_name
 from qgraph.types import attribute, type_of
@@ -131,7 +131,7 @@ class Walk:
         """Of an operand, also where nothing but its bounds is known."""
         if isinstance(x, int | float):
             return constant(torch.tensor(float(x)))
-        if (value := const_value(x)) is not None:
+        if (value := _stored(x)) is not None:
             return constant(value)
         found = self.found.get(x, f"%{x} is no value")
         if isinstance(found, Moments):
@@ -341,8 +341,9 @@ def _origin(node: Node) -> Node:
 
 
 def _stored(node: Node) -> Tensor | None:
-    """A constant, also behind its fake quantization."""
-    return const_value(_origin(node))
+    """A constant, also behind its fake quantization, as it was before any stage: moments are those of the float model."""
+    source = _origin(node)
+    return None if const_value(source) is None else original(source)
 
 
 def _rank(node: Node) -> int | None:

@@ -108,8 +108,9 @@ class Quantiles:
         return float(self._seen.statistic.quantiles(q, magnitude=False))  # type: ignore[attr-defined]
 
     @property
-    def interquartile_range(self) -> float:
-        return self.quantile(0.75) - self.quantile(0.25)
+    def interquartile_range(self) -> float | None:
+        """None before any data."""
+        return self.quantile(0.75) - self.quantile(0.25) if self._seen.seen else None
 
 
 def _other_axes(x: Tensor, axis: int, name: str) -> tuple[Tensor, list[int]]:

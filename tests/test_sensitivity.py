@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import linear
 
 import qgraph
+from qgraph.effects import Effects
 from qgraph.errors import CalibrationError
 from qgraph.losses import Loss, decibel, losses, ordered, with_outliers
 from qgraph.observe import Observer
@@ -20,7 +21,6 @@ from qgraph.passes import InsertFakeQuant
 from qgraph.pipeline import Context
 from qgraph.qparams import minmax
 from qgraph.reference import fake_quantize
-from qgraph.effects import Effects
 from qgraph.types import PerAxis, PerToken, QSpec
 from tests import outlier
 

@@ -2,12 +2,15 @@
 
 import numpy as np
 import onnx
+import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from qgraph.channels import Channels
 from qgraph.collect import collect
-from qgraph.passes.absorb_high_bias import AbsorbHighBias
+from qgraph.passes import FoldBatchNorm, InferTypes
+from qgraph.passes.absorb_high_bias import AbsorbFromMoments, AbsorbHighBias
 from qgraph.pipeline import Context, Pipeline
 from qgraph.testing import from_onnx, from_torch
 from qgraph.views import Activation, view
@@ -90,3 +93,41 @@ def test_padding_clips_and_other_readers_stand_in_the_way():
 def test_channels_that_come_down_to_0_are_left_alone():
     gm, _ = from_torch(net(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3), biases=(-3, -2)), ROWS)
     assert not AbsorbHighBias().run(gm, Context(data=[(ROWS,)]))
+
+
+def normed(bias):
+    """A convolution whose batch norm knows its outputs, a relu, and a reader."""
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, momentum=None), nn.ReLU(), nn.Conv2d(6, 3, (2, 1)))
+    nn.init.uniform_(model[1].weight, 0.2, 0.4)
+    model[1].bias.data = bias
+    model.train()(IMAGE)
+    return model.eval()
+
+
+@pytest.mark.parametrize("origin", ["torch", "onnx"])
+def test_batch_norms_tell_what_is_above_0_without_data(origin):
+    bias = torch.tensor([2.0, -1.0, 0.5, 1.5, 3.0, 0.0])
+    model = normed(bias)
+    with torch.no_grad():
+        want = model(IMAGE)
+    start = from_torch(model, IMAGE)
+    if origin == "onnx":
+        start = from_onnx(torch.onnx.export(model, (IMAGE,), dynamo=True, optimize=False, verbose=False).model_proto, IMAGE)
+    gm, _ = start
+    Pipeline(InferTypes(), FoldBatchNorm()).run(gm)
+    before = relu_minima(gm, IMAGE)[0]
+    assert AbsorbFromMoments().run(gm, Context()) == 2
+    lowered = before - relu_minima(gm, IMAGE)[0]
+    c = (bias - 3 * model[1].weight.abs()).clamp(min=0).detach()
+    torch.testing.assert_close(lowered, c.where(before > c, before), rtol=1e-3, atol=1e-4)
+    (got,) = tree_leaves(gm(IMAGE))
+    assert float((got - want).detach().square().mean().sqrt()) < 0.01 * float(want.std()), "what lies below c is rare"
+    assert AbsorbFromMoments().run(gm, Context()) == 0
+
+
+def test_values_of_which_no_norm_tells_anything_are_declined():
+    gm, _ = from_torch(net(nn.Conv2d(4, 6, 1), nn.ReLU(), nn.Conv2d(6, 3, 1), biases=(1, 3)), IMAGE)
+    ctx = Context()
+    assert not AbsorbFromMoments().run(gm, ctx)
+    assert [d.reason for d in ctx.declines] == ["nothing is known of the input input"]

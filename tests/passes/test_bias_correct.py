@@ -8,7 +8,8 @@ import qgraph
 from qgraph.edit import copy_graph
 from qgraph.layers import layers
 from qgraph.lockstep import lockstep
-from qgraph.passes.bias_correct import BiasCorrect, correct, mean_shift
+from qgraph.moments import MOMENTS, normal
+from qgraph.passes.bias_correct import BiasCorrect, CorrectFromMoments, correct, mean_shift
 from qgraph.pipeline import Context
 from tests.simulated import ConvNet, images, simulated
 from tests.small import mlp_proto, samples
@@ -99,3 +100,61 @@ def test_a_product_without_a_bias_is_declined() -> None:
     ctx = Context(data=batches)
     assert BiasCorrect().run(simulated(Product(), batches), ctx) == 0
     assert [d.reason.split(",")[0] for d in ctx.declines] == ["aten.matmul takes no bias"]
+
+
+class Normed(nn.Module):
+    """Layers behind batch norms with means far from 0: grouped, depthwise, a linear."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(4)
+        self.first, self.d, self.g = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 6, (2, 3), groups=2)
+        self.norm, self.head = nn.BatchNorm2d(8, momentum=None), nn.Linear(6, 5)
+        nn.init.uniform_(self.norm.weight, 0.3, 0.6)
+        nn.init.uniform_(self.norm.bias, 1, 3)
+        for layer in (self.d, self.g, self.head):
+            layer.weight.data *= torch.exp(torch.randn(layer.weight.shape))
+        self.train()(torch.cat([x for (x,) in images(12)]))
+
+    def forward(self, x):
+        return self.head(self.g(self.d(torch.relu(self.norm(self.first(x))))).mean((2, 3)))
+
+
+def normed(recipe="w8a8-tensor"):
+    batches = images(12)
+    return simulated(Normed(), batches, recipe), batches
+
+
+def as_onnx():
+    model = Normed().eval()
+    return torch.onnx.export(model, (images(2)[0][0],), dynamo=True, optimize=False, verbose=False).model_proto
+
+
+@pytest.mark.parametrize("origin", ["torch", "onnx"])
+def test_without_data_the_mean_error_of_the_weights_is_taken_back(origin: str) -> None:
+    batches = images(12)
+    graph = simulated(Normed() if origin == "torch" else as_onnx(), batches, "w8a16")
+    before = channel_errors(graph, batches)
+    ctx = Context()
+    assert CorrectFromMoments().run(graph, ctx) == 3
+    assert [d.reason.split("input")[0] for d in ctx.declines] == ["nothing is known of the "]
+    after = channel_errors(graph, batches)
+    assert all(b < 0.4 * a for a, b in zip(before[1:], after[1:], strict=True)), (before, after)
+    assert CorrectFromMoments().run(graph, Context()) == 0
+
+
+def test_with_statistics_of_the_input_the_first_layer_is_corrected_too() -> None:
+    graph, _ = normed()
+    next(n for n in graph.graph.nodes if n.op == "placeholder").meta[MOMENTS] = normal(torch.full((3, 1, 1), 0.3), torch.ones(()))
+    assert CorrectFromMoments().run(graph, Context()) == 4
+
+
+def test_it_starts_from_the_biases_of_before_any_correction() -> None:
+    graph, batches = normed()
+    twice = copy_graph(graph)
+    CorrectFromMoments().run(graph, Context())
+    BiasCorrect().run(twice, Context(data=batches))
+    CorrectFromMoments().run(twice, Context())
+    once, again = (list(layers(g, Context(), by="test").values())[1:] for g in (graph, twice))  # of the first one's input nothing is known
+    for a, b in zip(once, again, strict=True):
+        torch.testing.assert_close(a.bias(), b.bias(), rtol=1e-4, atol=1e-5)

@@ -26,7 +26,12 @@ class Net(nn.Module):
     def __init__(self, between=None, spread=0.0):
         super().__init__()
         torch.manual_seed(1)
-        self.a, self.d, self.b, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 5, 1)
+        self.a, self.d, self.b, self.head = (
+            nn.Conv2d(3, 8, 3),
+            nn.Conv2d(8, 8, 3, padding=1, groups=8),
+            nn.Conv2d(8, 8, 1),
+            nn.Conv2d(8, 5, 1),
+        )
         self.norms = nn.ModuleList(nn.BatchNorm2d(8, momentum=None) for _ in range(3))
         self.between = between or nn.Identity()
         for norm in self.norms:
@@ -71,7 +76,7 @@ def test_without_data_a_model_is_quantized_nearly_as_well_as_with(origin):
     quantized = qgraph.quantize(model, example_inputs=example, recipe="dfq")
     calibrated = qgraph.quantize(model, [(x,) for x in IMAGES.split(2)], example_inputs=example, recipe="w8a8")
     assert qgraph.lower(quantized).kernels()
-    assert db(net, quantized) > max(20.0, db(net, calibrated) - 6), (db(net, quantized), db(net, calibrated))
+    assert db(net, quantized) > max(20.0, db(net, calibrated) - 4), (db(net, quantized), db(net, calibrated))
 
 
 def test_a_range_reaches_six_deviations_and_stops_where_a_relu_does():
@@ -82,7 +87,7 @@ def test_a_range_reaches_six_deviations_and_stops_where_a_relu_does():
     found = {m.name: m.range() for m in observers}
     norm = net.norms[0]
     low, high = next(r for name, r in found.items() if "relu" in name and "relu_1" not in name)
-    assert float(low) == 0 and float(high) == pytest.approx(float((norm.bias + 6 * norm.weight.abs()).max()), rel=1e-4)
+    assert float(low) == 0 and float(high) == pytest.approx(float((norm.bias + 6 * norm.weight.abs()).detach().max()), rel=1e-4)
     entry = ranges(gm)["x"]
     assert entry.decision == "[-6, 6]"
     assumed = gm.meta["qgraph"].ledger.get("x", "distribution")
@@ -150,14 +155,14 @@ def test_the_shell_needs_no_calibration(tmp_path):
     assert (tmp_path / "out.onnx").exists()
 
 
-def test_equalization_rescues_weights_with_one_scale_per_tensor():
+def test_equalization_rescues_channels_of_different_sizes():
     net = Net(spread=3.0)
     tensor = "weights.per=tensor"
     without, with_it = (
         db(net, qgraph.quantize(net, example_inputs=(IMAGES[:2],), recipe=load_recipe("dfq", sets)))
         for sets in ([tensor, "stages=[ranges-from-moments]"], [tensor])
     )
-    assert with_it > without + 6, (without, with_it)
+    assert with_it > without + 20, (without, with_it)
 
 
 def test_the_ranges_of_a_norm_are_those_of_its_weight_and_bias():
