@@ -84,5 +84,5 @@ def _spread(h: Tensor, damp: float) -> Tensor:
     """Row j: what one unit of error in column j adds to each column before it. Changes h."""
     diagonal = h.diagonal(dim1=-2, dim2=-1)
     diagonal += damp * diagonal.mean(-1, keepdim=True).clamp(min=FLOOR)
-    lower = torch.linalg.cholesky(h)
+    lower: Tensor = torch.linalg.cholesky(h)
     return lower.div_(lower.diagonal(dim1=-2, dim2=-1)[..., None, :].clone())

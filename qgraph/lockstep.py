@@ -133,7 +133,7 @@ def _merged(gm: GraphModule, feeds: list[list[Any]]) -> list[list[list[Any]]]:
     types = [type_of(n) for n in gm.graph.nodes if n.op == "placeholder"]
     axes = {t.shape[0] if t is not None and t.shape else 0 for t in types}
     dynamic = any(view(DynamicQuantize, n) is not None for n in gm.graph.nodes)  # a merged batch would share a range
-    if len(axes) != 1 or isinstance(*axes, int) or dynamic:
+    if len(axes) != 1 or not all(isinstance(n, str) for n in axes) or dynamic:
         return [[feed] for feed in feeds]
     alike: dict[Any, list[list[Any]]] = {}
     for feed in feeds:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qgraph.hessian import Grid, best_factor, cost, round_rows
+from qgraph.hessian import Grid, cost, round_rows
 
 
 def problem(seed, groups=3, rows=4, columns=6, points=40):
@@ -58,10 +58,15 @@ def test_dead_columns_do_no_harm() -> None:
     assert bool(round_rows(w, torch.zeros_like(h), grid).isfinite().all())
 
 
-def test_the_best_factor_clips_an_outlier_only_where_it_pays() -> None:
-    w = torch.tensor([[[10.0, *[0.4] * 15], [10.0] * 16]], dtype=torch.float64)
-    grid = Grid(torch.full((1, 2, 1), 10 / 7, dtype=torch.float64), torch.zeros(1, 2, 1, dtype=torch.float64), -7, 7)
-    h = torch.eye(16, dtype=torch.float64)[None]
-    h[0, 0, 0] = 1e-3
-    outlier, flat = best_factor(w, h, grid, [1.0, 0.9, 0.28]).flatten().tolist()
-    assert outlier < 1 and flat == 1
+def test_the_numbers_are_those_of_gptq_on_the_inverse() -> None:
+    w, h, grid = problem(7, groups=1, columns=7)
+    order = h[0].diagonal().argsort(descending=True)
+    moment = (h[0] + 0.01 * h[0].diagonal().mean() * torch.eye(7))[order][:, order]
+    rest, want = w[0][:, order], torch.zeros_like(w[0])
+    for j in range(7):
+        want[:, order[j]] = grid.nearest(rest[None, :, j, None])[0, :, 0]
+        left = moment[j:, j:].inverse()
+        rest[:, j:] -= torch.outer(rest[:, j] - want[:, order[j]], left[0] / left[0, 0])
+    better = cost(want - w, h) <= cost(grid.nearest(w) - w, h)
+    torch.testing.assert_close(round_rows(w, h, grid, block=3)[better], want[None][better])
+    assert bool(better.any())

@@ -6,7 +6,7 @@ import torch
 import qgraph
 from qgraph.errors import CalibrationError
 from qgraph.layers import layers
-from qgraph.lockstep import lockstep
+from qgraph.lockstep import MERGED, lockstep
 from qgraph.pipeline import Context
 from tests.simulated import ConvNet, images, simulated
 from tests.small import mlp_proto, samples
@@ -80,10 +80,34 @@ def test_what_is_changed_at_a_site_is_seen_by_what_follows_on_the_quantized_side
 def test_early_layers_see_fewer_samples_when_memory_is_short_and_later_ones_all() -> None:
     batches = images(8)
     graph = simulated(ConvNet(), batches)
-    seen = {b: [len(list(at.values(n.view.x))) for at, n in _walk(graph, batches, b)] for b in (1, 40_000, 2**28)}
+    seen = {b: [sum(len(x) for x, _ in at.values(n.view.x)) for at, n in _walk(graph, batches, b)] for b in (1, 40_000, 2**28)}
     assert set(seen[2**28]) == {8}
     assert seen[40_000][0] < 8 and seen[40_000][-1] == 8 and seen[40_000] == sorted(seen[40_000])
-    assert seen[1] == [1] * len(seen[1])
+    assert seen[1] == [MERGED] * len(seen[1])
+
+
+def test_batches_of_one_size_are_merged_where_the_model_takes_any_number() -> None:
+    batches = [(torch.cat([b for (b,) in images(n, seed=n)]),) for n in (1, 2, 1, 1)]
+    sizes = [len(x) for at, n in _walk(simulated(ConvNet(), batches), batches, 2**28) for x, _ in at.values(n.view.x)]
+    assert sizes[:2] in ([3, 2], [2, 3])
+    rows = [{"x": x[None]} for x in samples(4)]
+    dynamic = simulated(mlp_proto(), rows, "w8a8-dynamic")
+    assert {len(list(at.values(n.view.x))) for at, n in _walk(dynamic, rows, 2**28)} == {4}  # each row has its own range
+
+
+def test_a_model_that_asks_for_a_memory_layout_runs() -> None:
+    class Flat(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4 * 18 * 18, 2)
+
+        def forward(self, x):
+            y = torch.relu(self.conv(x))
+            return self.head(y.view(y.shape[0], -1))
+
+    net, batches = Flat().eval(), images(3)
+    floats, _ = last_outputs(simulated(net, batches), batches)
+    close(floats, net(torch.cat([b[0] for b in batches])).detach())
 
 
 def _walk(graph, batches, budget):
@@ -103,7 +127,7 @@ def test_samples_are_spread_over_the_data_and_bounded() -> None:
     graph = simulated(ConvNet(), batches)
     sites = sites_of(graph)
     at = next(lockstep(graph, sites, batches, samples=4))
-    inputs = [x for x, _ in at.values(sites[at.node].view.x)]
+    inputs = [row[None] for x, _ in at.values(sites[at.node].view.x) for row in x]
     positions = sorted(next(i for i, (b,) in enumerate(batches) if torch.equal(b, x)) for x in inputs)
     assert len(positions) == 4 and positions[0] < 10 and positions[-1] >= 20
 
