@@ -56,7 +56,7 @@ CALIBRATORS: tuple[tuple[str, ...], ...] = (
     ("observer=mse",),
 )
 FAMILIES = ("w8a8", "w8a8-dynamic", "w8a8-token-asym", "w8a8-encoder")
-CORRECTIONS = ("cle", "smoothquant", "biascorrect")
+CORRECTIONS = ("bias-correct", "round", "smoothquant")
 """Stages that may raise the metric at the same latency; those that exist are tried, in the order in which a recipe runs them."""
 MAX_DROP = 0.01
 GAIN = 0.95

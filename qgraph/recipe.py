@@ -85,9 +85,9 @@ STAGES: dict[str, str | Callable[..., Pass]] = {
     "absorb-from-moments": "qgraph.passes.absorb_high_bias:AbsorbFromMoments",
     "ranges-from-moments": "qgraph.passes.ranges_from_moments:RangesFromMoments",
     "correct-from-moments": "qgraph.passes.bias_correct:CorrectFromMoments",
-    "reducerange": "qgraph.passes.reduce_range:ReduceRange",
+    "reduce-range": "qgraph.passes.reduce_range:ReduceRange",
     "mixed": "qgraph.passes.mixed:Mixed",
-    "biascorrect": "qgraph.passes.bias_correct:BiasCorrect",
+    "bias-correct": "qgraph.passes.bias_correct:BiasCorrect",
     "round": "qgraph.passes.round_weights:RoundWeights",
 }
 """Stage name in a recipe -> factory of a pass whose keywords are its options, or "module:factory" that is imported when first asked for."""

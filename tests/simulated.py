@@ -6,6 +6,7 @@ from torch import nn
 import qgraph
 from qgraph.passes.insert_fake_quant import InsertFakeQuant
 from qgraph.pipeline import Context
+from tests.everywhere import EVERYWHERE
 
 
 def simulated(model, batches, recipe="w8a8"):
@@ -15,7 +16,7 @@ def simulated(model, batches, recipe="w8a8"):
     if isinstance(model, nn.Module):
         model, example = model.eval(), (torch.cat([batches[0][0]] * 2),)
         shapes = ({0: torch.export.Dim("batch", min=1, max=4096)},)
-    graph = qgraph.prepare(model, example, recipe=recipe, dynamic_shapes=shapes)
+    graph = qgraph.prepare(model, example, recipe=recipe, backend=EVERYWHERE, dynamic_shapes=shapes)
     qgraph.calibrate(graph, batches)
     InsertFakeQuant.of(graph).run(graph, Context())
     return graph

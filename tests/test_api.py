@@ -110,7 +110,7 @@ def test_a_static_recipe_without_data_names_the_way_out() -> None:
 def test_what_a_stage_refuses_is_kept_with_the_graph() -> None:
     model = onnx.parser.parse_model("""<ir_version: 9, opset_import: ["": 20]> g (float[N,2] x) => (float[N,2] z)
         <float[2,2] w = {1, 0.5, -2, 1}> { [first] y = MatMul (x, w) z = Relu (y) }""")
-    graph = qgraph.quantize(model, [{"x": torch.randn(4, 2).numpy()}], recipe="w8a8+biascorrect")
+    graph = qgraph.quantize(model, [{"x": torch.randn(4, 2).numpy()}], recipe="w8a8+bias-correct")
     (refused,) = state(graph).declines
     assert str(refused) == "bias_correct declined at first: MatMul takes no bias, and no constant per output channel is added behind it"
 

@@ -129,7 +129,7 @@ def test_what_a_stage_refused_is_listed(tmp_path):
         <float[2,2] w = {1, 0.5, -2, 1}> { [first] y = MatMul (x, w) z = Relu (y) }"""
     onnx.save(onnx.parser.parse_model(text), tmp_path / "float.onnx")
     np.savez(tmp_path / "data.npz", x=np.random.default_rng(0).normal(size=(4, 2)).astype(np.float32))
-    wanted = ("quantize", tmp_path / "float.onnx", "-o", tmp_path / "int8.onnx", "--recipe", "w8a8+biascorrect")
+    wanted = ("quantize", tmp_path / "float.onnx", "-o", tmp_path / "int8.onnx", "--recipe", "w8a8+bias-correct")
     found = run(*wanted, "--calibration", tmp_path / "data.npz").stdout
     assert "declined     bias_correct at first: MatMul takes no bias" in found
     (refused,) = json.loads(run(*wanted, "--calibration", tmp_path / "data.npz", "--json").stdout)["declined"]

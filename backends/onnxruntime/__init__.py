@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 
 from qgraph.backend import Kernel, Placement
 from qgraph.backends.onnxruntime.legalize import LEGALIZE
-from qgraph.backends.onnxruntime.placement import PLACEMENT
+from qgraph.backends.onnxruntime.placement import PAYING
 from qgraph.backends.onnxruntime.runtime import Options
 from qgraph.backends.onnxruntime.session import Program, Structure, build
 from qgraph.backends.onnxruntime.standard import LOWER, lowers
@@ -28,7 +28,7 @@ class OnnxRuntime:
     """`passes` run in order and leave pure ONNX; `entries` are session configuration entries, `threads` those of one operator."""
 
     name: str = "onnxruntime"
-    placement: Placement = PLACEMENT
+    placement: Placement = PAYING
     passes: tuple[Pass, ...] = LEGALIZE
     threads: int | None = None
     entries: Mapping[str, str] = field(default_factory=dict)

@@ -100,4 +100,4 @@ def pays(operation: Any, spec: QSpec, from_float: bool, to_float: bool) -> str |
 
 
 PAYING = replace(PLACEMENT, pays=pays)
-"""Float where integers are not faster, for `OnnxRuntime(placement=PAYING)`."""
+"""Float where integers are not faster; `OnnxRuntime(placement=PLACEMENT)` has integers wherever there is a kernel."""

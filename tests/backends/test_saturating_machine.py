@@ -1,4 +1,4 @@
-"""ONNX Runtime on an emulated machine that adds pairs of products in 16 bits: exact with +reducerange, badly wrong without.
+"""ONNX Runtime on an emulated machine that adds pairs of products in 16 bits: exact with +reduce-range, badly wrong without.
 
 The emulator is qemu's user mode (Debian package qemu-user, which .ci/run installs); the emulated process loads numpy and ONNX Runtime."""
 
@@ -19,6 +19,7 @@ import torch
 from onnx import helper, numpy_helper
 
 import qgraph
+from tests.everywhere import EVERYWHERE
 
 QEMU = shutil.which("qemu-x86_64")
 pytestmark = pytest.mark.skipif(
@@ -77,13 +78,15 @@ WORST = {
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory) -> dict[tuple[str, bool], float]:
-    """(model, with +reducerange) -> relative error of the emulated machine's output, against the reference in torch. All in one process."""
+    """(model, with +reduce-range) -> relative error of the emulated machine's output, against the reference in torch. All in one process."""
     folder, want = tmp_path_factory.mktemp("saturation"), {}
     for name, case in WORST.items():
         x = torch.ones(case.x)
         for safe in (True, False):
             path = folder / f"{name}-{safe}.onnx"
-            gm = qgraph.quantize(case.model(), [(x,)], recipe=f"{case.recipe}+reducerange" if safe else case.recipe, output=path)
+            gm = qgraph.quantize(
+                case.model(), [(x,)], recipe=f"{case.recipe}+reduce-range" if safe else case.recipe, backend=EVERYWHERE, output=path
+            )
             want[name, safe] = gm(x)[0].detach().numpy()
             np.save(f"{path}.x.npy", x.numpy())
     paths = [str(folder / f"{name}-{safe}.onnx") for name, safe in want]

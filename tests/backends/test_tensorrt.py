@@ -8,6 +8,7 @@ from torch import nn
 import qgraph
 from qgraph.backends.tensorrt import TensorRT
 from qgraph.errors import ModelError
+from tests.everywhere import EVERYWHERE
 
 X = torch.linspace(-2, 3, 2 * 3 * 8 * 8).view(2, 3, 8, 8)
 ONNX = """
@@ -83,6 +84,6 @@ def test_ranges_found_at_run_time_are_refused_with_the_reason():
 
 
 def test_the_same_recipe_is_unsigned_on_onnxruntime_and_signed_here():
-    for backend, want in (("onnxruntime", "uint8 asym per tensor"), (TensorRT(), "int8 sym per tensor")):
+    for backend, want in ((EVERYWHERE, "uint8 asym per tensor"), (TensorRT(), "int8 sym per tensor")):
         ledger = qgraph.prepare(Residual().eval(), (X,), recipe="w8a8", backend=backend).meta["qgraph"].ledger
         assert {e.decision for e in ledger if e.role == "x"} == {want}

@@ -22,8 +22,6 @@ from qgraph.recipe import Recipe, load_recipe
 from tests.models import data, efficientnet, measure
 
 MINILM_TOKENS = 64
-PPREC_FLOAT = (0, 1, 2, 3, 4, 5, 9, 13, 15, 17, 19, 21, 25, 29, 31)
-"""Convolutions of few channels per group, which integers make no faster (`placement.PAYING`) and which lose the most."""
 
 BUILT_WITH = (
     "torch",
@@ -177,7 +175,7 @@ def pprec() -> RealModel:
     return RealModel(
         name="pprec",
         title="PP-OCRv4 rec (ONNX)",
-        recipe=load_recipe("w8a8+round", ["observer=percentile", *(f"rules.p2o.Conv.{i}=null" for i in PPREC_FLOAT)]),
+        recipe=load_recipe("w8a8+round", ["observer=percentile"]),
         model=path,
         float_onnx=path,
         calibration=_arrays("pprec.calibration", lambda: {"x": data.text_lines(48, seed=3)[0]}),

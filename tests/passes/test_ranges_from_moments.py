@@ -15,6 +15,7 @@ from qgraph.passes import RangesFromMoments
 from qgraph.pipeline import Context
 from qgraph.recipe import load_recipe
 from qgraph.testing import check
+from tests.everywhere import EVERYWHERE
 
 IMAGES = torch.randn(32, 3, 12, 10, generator=torch.Generator().manual_seed(0))
 
@@ -81,7 +82,7 @@ def test_without_data_a_model_is_quantized_nearly_as_well_as_with(origin):
 
 def test_a_range_reaches_six_deviations_and_stops_where_a_relu_does():
     net = Net()
-    gm = qgraph.prepare(net, (IMAGES[:2],), recipe=load_recipe("dfq", ["stages=[ranges-from-moments]"]))
+    gm = qgraph.prepare(net, (IMAGES[:2],), recipe=load_recipe("dfq", ["stages=[ranges-from-moments]"]), backend=EVERYWHERE)
     observers = [m for m in gm.modules() if isinstance(m, Observer)]
     assert observers and all(m.frozen for m in observers)
     found = {m.name: m.range() for m in observers}
@@ -104,7 +105,7 @@ def test_a_second_run_and_a_graph_without_observers_change_nothing():
 
 def test_inputs_between_two_numbers_have_that_range():
     recipe = load_recipe("dfq", ["stages=[{ranges-from-moments: {inputs: [0, 1]}}]"])
-    assert ranges(qgraph.prepare(Net(), (IMAGES[:2],), recipe=recipe))["x"].decision == "[0, 1]"
+    assert ranges(qgraph.prepare(Net(), (IMAGES[:2],), recipe=recipe, backend=EVERYWHERE))["x"].decision == "[0, 1]"
 
 
 @pytest.mark.parametrize("options", [{"inputs": "uniform"}, {"inputs": [1, 0]}, {"inputs": [1]}, {"sigmas": 0}])
@@ -145,7 +146,7 @@ def test_statistics_are_not_carried_through_many_layers():
 def test_the_recipe_needs_no_data_and_its_stages_can_be_changed():
     assert not load_recipe("dfq").needs_data
     assert not load_recipe("w8a8+ranges-from-moments").needs_data
-    assert load_recipe("w8a8+ranges-from-moments+biascorrect").needs_data
+    assert load_recipe("w8a8+ranges-from-moments+bias-correct").needs_data
 
 
 def test_the_shell_needs_no_calibration(tmp_path):

@@ -99,7 +99,7 @@ def test_it_leaves_machines_alone_that_add_in_int32() -> None:
 
 
 def test_a_recipe_asks_for_it_and_the_ledger_says_where_it_was_needed() -> None:
-    recipe = load_recipe("w8a8", ["stages=[{reducerange: {target: x86-avx2}}]"])
+    recipe = load_recipe("w8a8", ["stages=[{reduce-range: {target: x86-avx2}}]"])
     ledger = qgraph.quantize(linear(WEIGHT).eval(), [(X,)], example_inputs=(X,), recipe=recipe).meta["qgraph"].ledger
     (entry,) = (e for e in ledger if e.role == "weight")
     assert (entry.decision, entry.by) == ("int8 sym per axis 0", "reduce_range")
@@ -109,7 +109,7 @@ def test_a_recipe_asks_for_it_and_the_ledger_says_where_it_was_needed() -> None:
 
 def test_an_unknown_target_is_refused() -> None:
     with pytest.raises(RecipeError, match="unknown target 'avx2'"):
-        load_recipe("w8a8", ["stages=[{reducerange: {target: avx2}}]"])
+        load_recipe("w8a8", ["stages=[{reduce-range: {target: avx2}}]"])
 
 
 def test_declines_a_weight_with_a_zero_point() -> None:
