@@ -6,7 +6,7 @@ time to build is kept in $QGRAPH_CACHE (default ~/.cache/qgraph-tests), in a fol
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -70,9 +70,9 @@ class RealModel:
     dynamic_shapes: Any = None
     strict_metric: Callable[[Arrays, np.ndarray, np.ndarray], Metric] | None = None
 
-    def calibration_batches(self, size: int = 1) -> Iterator[Arrays]:
+    def calibration_batches(self, size: int = 1) -> list[Arrays]:
         """Feeds by input name; one sample each by default, as peers are measured."""
-        return measure.batches(self.calibration, size)
+        return list(measure.batches(self.calibration, size))
 
     def float_output(self) -> np.ndarray:
         """The float ONNX file's output over the evaluation set, computed once and kept."""
