@@ -93,4 +93,6 @@ def _obstacles(gm: GraphModule, ledger: Ledger) -> list[str]:
     found = [reason for reason, _ in Counter(e.reason for e in ledger).most_common(3)]
     if getattr(gm.meta.get("onnx_model"), "functions", None):
         found.append("the model's own functions are not looked into, inline them with onnx.inliner.inline_local_functions")
+    if any(reason.startswith("does not pay") for reason in found):
+        found.append("a rule that names an operation quantizes it all the same")
     return found or ["it has no linear, convolution or embedding"]

@@ -1,11 +1,14 @@
 """The cost model: sizes read off graphs, and the decisions that follow."""
 
+import pytest
 import torch
 from torch import nn
 
+import qgraph
 from qgraph.annotate import annotate
 from qgraph.backends.onnxruntime.placement import MACHINE, PAYING
 from qgraph.cost import UNKNOWN, work_of
+from qgraph.errors import ModelError
 from qgraph.ledger import Ledger
 from qgraph.recipe import load_recipe
 from qgraph.testing import from_onnx, from_torch
@@ -67,3 +70,11 @@ def test_the_same_convolution_between_integers_pays():
 
 def test_a_rule_that_names_the_convolution_is_obeyed():
     assert decided(nn.Hardswish(), overrides=["rules.b={activations: {bits: 8}}"])["b"].quantized
+
+
+def test_a_model_in_which_nothing_pays_is_an_error_that_says_how_to_quantize_it_all_the_same():
+    model, x = nn.Conv2d(3, 4, 3).eval(), torch.randn(1, 3, 24, 24)
+    with pytest.raises(ModelError, match="does not pay: float takes about .*; a rule that names an operation quantizes it all the same"):
+        qgraph.prepare(model, (x,), recipe="w8a8")
+    recipe = load_recipe("w8a8", ["rules.conv2d={activations: {bits: 8}}"])
+    assert qgraph.quantize(model, [(x,)], example_inputs=(x,), recipe=recipe)(x).shape == (1, 4, 22, 22)

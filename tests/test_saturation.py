@@ -13,6 +13,7 @@ from qgraph.errors import RecipeError
 from qgraph.ledger import Entry, Ledger
 from qgraph.saturation import ROLE, TARGETS, accumulator, coverage, covered, find_products, run_sums
 from qgraph.testing import from_onnx
+from tests.everywhere import EVERYWHERE
 
 AVX2 = TARGETS["x86-avx2"]
 
@@ -34,7 +35,7 @@ def pair(shape: tuple[int, ...], *where: tuple[int, ...]) -> torch.Tensor:
 
 
 def quantized(net: nn.Module, x: torch.Tensor, recipe: str = "w8a8") -> torch.fx.GraphModule:
-    return qgraph.quantize(net.eval(), [(x,)], example_inputs=(x,), recipe=recipe)
+    return qgraph.quantize(net.eval(), [(x,)], example_inputs=(x,), recipe=recipe, backend=EVERYWHERE)
 
 
 def only_product(gm: torch.fx.GraphModule):

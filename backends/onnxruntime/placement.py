@@ -84,9 +84,9 @@ MACHINE = Machine(
     int8=Kernel(rate=650e3, thin=77e3, bandwidth=40e3, width=1),
     convert=12e3,
 )
-"""Two cores with AVX512-VNNI, measured: dense convolutions and linears take 0.26 to 0.31 of the float time, thin convolutions 1.7 to 2.5
-times (a depthwise 5x5 on [1, 240, 12, 80]: 43 us in float, 75 in integers); 0.08 ns to quantize or dequantize
-an element, fitted to single operations timed with tests/bench/cost.py."""
+"""Two cores with AVX512-VNNI, measured: dense convolutions and linears take 0.26 to 0.31 of the float time, thin convolutions 1.4 to 2.9
+times with conversions (the kernel of a depthwise 5x5 on [1, 240, 12, 80]: 43 us in float, 75 in integers). tests/bench/cost.py prints
+estimates beside what single operations take."""
 
 
 def pays(operation: Any, spec: QSpec, from_float: bool, to_float: bool) -> str | None:
