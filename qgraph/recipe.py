@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib
 import inspect
 import re
@@ -215,8 +216,13 @@ def _suffixes(name: str, text: str) -> dict[str, Any]:
         elif suffix == "tensor":
             found["per"] = "tensor"
         else:
-            raise RecipeError(f"recipe {name!r}: unknown suffix -{suffix}{nearest(suffix, _SUFFIXES)}")
+            raise RecipeError(f"recipe {name!r}: unknown suffix -{suffix}{nearest(*_meant(name, suffix))}")
     return found
+
+
+def _meant(name: str, suffix: str) -> tuple[str, Iterable[str]]:
+    """What to look for among what: an alias written nearly right, else a suffix."""
+    return (name, ALIASES) if difflib.get_close_matches(name, ALIASES, 1, 0.9) else (suffix, _SUFFIXES)
 
 
 def _activations(bits: int, group: int | None, options: Mapping[str, Any]) -> Int:

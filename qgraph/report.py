@@ -29,7 +29,7 @@ def report(source: str, output: Path, found: State, kernels: list[Kernel]) -> di
         "kernels_promised": len(kernels),
         "kernels_fused": sum(k.fused for k in kernels),
         "unfused": [{"node": k.node, "promised": k.promised, "became": k.became, "reason": k.reason} for k in kernels if not k.fused],
-        "float": [{"node": e.node, "role": e.role, "reason": e.reason} for e in ledger if not e.quantized],
+        "float": [{"node": e.node, "role": e.role, "reason": e.reason} for e in ledger if not e.quantized and e.role != "bias"],
         "declined": [{"by": d.rule, "node": d.path, "reason": d.reason} for d in found.declines],
         **({"tradeoff": searched.as_json()} if searched else {}),
     }

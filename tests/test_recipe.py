@@ -76,6 +76,7 @@ def test_overrides_reach_nested_fields_and_rules_with_dots() -> None:
     ("source", "overrides", "message"),
     [
         ("w8a9x", [], "unknown recipe 'w8a9x'; did you mean 'w8a8'"),
+        ("w8a8-encodr", (), "unknown suffix -encodr; did you mean 'w8a8-encoder'"),
         ("w8a8-dynamik", [], "unknown suffix -dynamik; did you mean 'dynamic'"),
         ("w8a8+nothing", [], r"unknown stage \+nothing"),
         ("w99a8", [], "must be int2..int16"),
