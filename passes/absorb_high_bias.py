@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qgraph.annotate import labels
+from qgraph.biases import LAYERS, Bias, bias_of, source_of
 from qgraph.channels import Channels
 from qgraph.collect import collect
 from qgraph.edit import graph_modules, has_writes
@@ -26,13 +27,10 @@ from qgraph.moments import MOMENTS, Moments
 from qgraph.pipeline import EQUIVALENT, LOSSY, Context, Contract, Pass
 from qgraph.propagate import channels, propagate
 from qgraph.rewrite import BISECTION
-from qgraph.rewriter import Decline, Rewriter
-from qgraph.slots import with_operands
+from qgraph.rewriter import Decline
 from qgraph.text import path_of, target_name
-from qgraph.views import Activation, Conv, Elementwise, Linear, const_value, is_const, view, view_any
+from qgraph.views import Activation, Conv, Linear, view, view_any
 from qgraph.weights import Weight, constant_weight
-
-LAYERS = (Conv, Linear)
 
 ROUNDING = 1e-5
 """A minimum below this share of the maximum counts as 0."""
@@ -120,31 +118,6 @@ def _never_below(x: Channels) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Bias:
-    """Where a layer's result takes a shift per channel: in `node`, a layer with room for a bias or the sum behind one that has none."""
-
-    node: Node
-    channels: int
-
-    def add(self, part: GraphModule, shift: Tensor, *, by: str) -> None:
-        """Adds `shift` [channels] to the result."""
-        v: Any = view_any((*LAYERS, Elementwise), self.node)
-        rw = Rewriter(part, self.node, by=by)
-        if isinstance(v, Elementwise):
-            old = next(x for x in v.inputs if isinstance(x, Node) and is_const(x))
-            new = rw.const(old, lambda value: (value.double() + shift.reshape(value.shape)).to(value.dtype), name=str(old.target))
-            self.node.replace_input_with(old, new)
-            return
-        shift = shift / (v.beta if isinstance(v, Linear) else 1.0)
-        weight, value = const_value(v.weight), const_value(v.bias)
-        assert weight is not None  # _bias has seen it
-        total = (shift if value is None else value.double() + shift).to(weight.dtype)
-        placed = with_operands(self.node, bias=rw.const(total, name=f"{self.node.name}_bias" if v.bias is None else str(v.bias.target)))
-        assert placed is not None
-        self.node.args, self.node.kwargs = placed
-
-
-@dataclass(frozen=True, eq=False)
 class Place:
     """A relu, the bias of what it reads, and the layers that read it with the biases of their results."""
 
@@ -167,7 +140,7 @@ def _place(part: GraphModule, names: Mapping[Node, str], relu: Node, v: Activati
         return f"it also clips at {v.high:g}"
     if len(v.x.users) > 1:
         return "its input is read by others too"
-    behind = _source(v.x)
+    behind = source_of(v.x)
     if behind is None:
         return "no layer with constant weight and bias makes its input"
     axis, bias = behind
@@ -181,7 +154,7 @@ def _place(part: GraphModule, names: Mapping[Node, str], relu: Node, v: Activati
             return f"{path_of(user)} reads its axis {_axis(layer)} as channels, not {axis}"
         if isinstance(layer, Conv) and (layer.transposed or layer.padding is None or any(any(p) for p in layer.padding)):
             return f"{path_of(user)} pads its input, where a shift is missing"
-        after = _bias(user, weight)
+        after = bias_of(user, weight)
         if after is None:
             return f"{path_of(user)} has no place for a bias"
         readers.append((weight, after))
@@ -191,34 +164,3 @@ def _place(part: GraphModule, names: Mapping[Node, str], relu: Node, v: Activati
 def _axis(layer: Conv | Linear) -> int:
     """The channel axis of the layer's input and output, from the end."""
     return layer.x_axis if isinstance(layer, Linear) else -1 - len(layer.stride)
-
-
-def _source(x: Node) -> tuple[int, Bias] | None:
-    """(channel axis, bias) of a value that a layer makes, with or without a sum behind it."""
-    added = view(Elementwise, x)
-    nodes = [n for n in x.all_input_nodes if not is_const(n)] if added is not None else [x]
-    layer: Linear | Conv | None = view_any(LAYERS, nodes[0]) if len(nodes) == 1 else None
-    weight = None if layer is None else constant_weight(layer)
-    bias = None if weight is None else _bias(nodes[0], weight)
-    if layer is None or bias is None or bias.node is not x:
-        return None
-    return -1 if isinstance(layer, Linear) else _axis(layer), bias
-
-
-def _bias(node: Node, weight: Weight) -> Bias | None:
-    """Where the result of a layer takes a shift."""
-    v, n = weight.v, weight.outputs
-    if v.bias is not None:
-        return Bias(node, n) if _is_per_channel(const_value(v.bias), n, -1) and not (isinstance(v, Linear) and v.beta == 0) else None
-    user = next(iter(node.users)) if len(node.users) == 1 else None
-    added = view(Elementwise, user)
-    if added is not None and added.kind == "add" and len(added.inputs) == 2:
-        value = next((const_value(x) for x in added.inputs if isinstance(x, Node) and is_const(x)), None)
-        if user is not None and _is_per_channel(value, n, -1 if isinstance(v, Linear) else _axis(v)):
-            return Bias(user, n)
-    return Bias(node, n) if with_operands(node, bias=v.weight) is not None else None
-
-
-def _is_per_channel(value: Tensor | None, channels: int, axis: int) -> bool:
-    """One element per channel, along `axis` alone."""
-    return value is not None and value.numel() == channels and value.ndim >= -axis and value.shape[axis] == channels

@@ -27,7 +27,9 @@ from qgraph.views import (
     DataMovement,
     Dequantize,
     DynamicQuantize,
+    FakeLookup,
     FakeQuantize,
+    Lookup,
     Quantize,
     const_value,
     is_const,
@@ -114,7 +116,7 @@ def foldable(node: Node) -> bool:
     inputs = node.all_input_nodes
     if not inputs or not all(is_const(n) and const_value(n) is not None for n in inputs) or not is_pure(node):
         return False
-    if view_any((Quantize, Dequantize, FakeQuantize, DynamicQuantize), node) is not None:
+    if view_any((Quantize, Dequantize, FakeQuantize, DynamicQuantize, Lookup, FakeLookup), node) is not None:
         return False
     target: Any = node.target
     if isinstance(target, OnnxOp):

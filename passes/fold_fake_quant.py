@@ -1,4 +1,4 @@
-"""fake_quantize(weight) -> dequantize(integers), fake_quantize(x) -> dequantize(quantize(x)).
+"""fake_quantize(weight) -> dequantize(integers), fake_lookup(weight) -> lookup(codes), fake_quantize(x) -> dequantize(quantize(x)).
 
 What was simulated in float becomes integers, with the same numbers bit for bit: constants are rounded once, now, and activations get
 the quantize that a backend fuses.
@@ -14,10 +14,10 @@ from torch.fx import GraphModule, Node
 from qgraph.ops import Q
 from qgraph.pattern import Const, Match, Op, Opt, Var
 from qgraph.pipeline import EXACT, Context, Contract, Pass
-from qgraph.reference import quantize
+from qgraph.reference import encode, quantize
 from qgraph.rewrite import Rewriter, rule
 from qgraph.types import type_of
-from qgraph.views import FakeQuantize, const_value
+from qgraph.views import FakeLookup, FakeQuantize, const_value, view
 
 _ENCODING: dict[str, Any] = {k: Var(k) for k in ("dtype", "axis", "group")}
 
@@ -42,6 +42,19 @@ def split(m: Match, rw: Rewriter) -> Node:
     return rw.call(Q.dequantize.default, q, *parameters, like=m.root)
 
 
+@rule(Op(FakeLookup, "fake", x=Const("x"), table=Const("table")))
+def fold_levels(m: Match, rw: Rewriter) -> Node:
+    """The codes take the constant's place; table and scale stay where they are."""
+    fake, value, table = view(FakeLookup, m.fake), const_value(m.x), const_value(m.table)
+    assert fake is not None  # the pattern has matched
+    scale = None if fake.scale is None else const_value(fake.scale)
+    if value is None or table is None or (scale is None) != (fake.scale is None):
+        rw.decline(f"@{m.x.target}, its table or its scale is no constant of a type that torch knows")
+    where = (fake.table_axis, fake.axis, fake.group)
+    codes = rw.const(encode(value, table, scale, *where), name=f"{m.x.target}_codes")
+    return rw.call(Q.lookup.default, codes, m.table, fake.scale, *where, like=m.root)
+
+
 def _require_float_type_of_scale(m: Match, rw: Rewriter) -> None:
     """fake_quantize rounds to x's float type, dequantize to scale's: the same only where the types are."""
     x, scale = type_of(m.x), type_of(m.scale)
@@ -57,4 +70,4 @@ class FoldFakeQuant(Pass):
     contract: ClassVar[Contract] = EXACT
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
-        return ctx.apply(gm, (fold_constant, split))
+        return ctx.apply(gm, (fold_constant, fold_levels, split))

@@ -1,7 +1,8 @@
 """observer(x) -> fake_quantize(x, scale, zero_point): what was observed becomes numbers, still computed in float.
 
-Weights that insert_observers has noted are wrapped as well, with scales from their own values, and dynamic activations become
-dequantize(dynamic_quantize(x)). From here a model can be trained (QAT) or folded to integers (fold_fake_quant).
+Weights that insert_observers has noted are wrapped as well, with scales from their own values, in fake_lookup where their format is a
+codebook, and dynamic activations become dequantize(dynamic_quantize(x)). From here a model can be trained (QAT) or folded to integers
+(fold_fake_quant).
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
+from qgraph.codebook import fit
 from qgraph.edit import Prologue, add_constant, graph_modules
 from qgraph.errors import CalibrationError
+from qgraph.formats import QUANTIZE
 from qgraph.ledger import state
-from qgraph.observe import Observer, range_of
+from qgraph.observe import Observer, range_of, require_finite
 from qgraph.ops import choose_qparams
-from qgraph.passes.insert_observers import QUANTIZE
+from qgraph.passes.weigh_channels import importance
 from qgraph.pipeline import LOSSY, Context, Contract, Pass
+from qgraph.scales import WAYS, scales_of
 from qgraph.text import path_of
 from qgraph.types import QSpec, type_of
 from qgraph.views import Conv, Embedding, Linear, const_value, view_any
@@ -47,6 +51,17 @@ class InsertFakeQuant(Pass):
         """The pass that the recipe of a prepared graph asks for."""
         recipe = state(gm).recipe
         return cls() if recipe is None else cls(recipe.weight_range, recipe.weight_range_options)
+
+    def grid(
+        self, weight: torch.Tensor, spec: QSpec, importance: torch.Tensor | None = None, *, name: str = ""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(scale, zero point or None where it is 0) of a weight; see `scales.scales_of` for its importance."""
+        if self.weight_range in WAYS:
+            require_finite(weight, name)
+            return scales_of(weight, spec, self.weight_range, importance)
+        low, high = range_of(weight, spec, self.weight_range, name=name, **self.options)
+        scale, zero_point = choose_qparams(low, high, spec, dtype=weight.dtype)
+        return scale, None if spec.symmetric and spec.signed else zero_point
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
         _require_data(gm)
@@ -115,10 +130,10 @@ class _Insert:
             tensor = const_value(value)
             if tensor is None:
                 raise AssertionError(f"annotate gave a weight format to {path_of(value)}, which is no constant")
-            low, high = range_of(tensor, spec, self.wanted.weight_range, name=path_of(value), **self.wanted.options)
-            scale, zero_point = choose_qparams(low, high, spec, dtype=tensor.dtype)
-            plain = spec.symmetric and spec.signed
-            names = self.constants(str(value.target), scale, None if plain else zero_point)
+            if spec.codebook is not None:
+                self.weights[key] = self.fake_lookup(value, tensor, spec)
+                return self.weights[key]
+            names = self.constants(str(value.target), *self.wanted.grid(tensor, spec, importance(value), name=path_of(value)))
             self.weights[key] = self.fake_quantize(value, names, spec)
         return self.weights[key]
 
@@ -133,6 +148,17 @@ class _Insert:
         with graph.inserting_before(self.prologue.after(value)):
             scale, zero_point = (None if n is None else graph.get_attr(n) for n in names)
             new = graph.call_function(qg.fake_quantize.default, (value, scale, zero_point, spec.dtype, spec.axis, spec.group))
+        return self.described(new, value)
+
+    def fake_lookup(self, value: Node, weight: torch.Tensor, spec: QSpec) -> Node:
+        require_finite(weight, path_of(value))
+        found = fit(weight, spec, importance(value), search=self.wanted.weight_range)
+        graph, hint, where = self.gm.graph, str(value.target), (found.table_axis, found.axis, found.group)
+        table = add_constant(self.gm, f"{hint}_table", found.table)
+        scale = None if found.scale is None else add_constant(self.gm, f"{hint}_scale", found.scale)
+        with graph.inserting_before(self.prologue.after(value)):
+            levels = (graph.get_attr(table), None if scale is None else graph.get_attr(scale))
+            new = graph.call_function(qg.fake_lookup.default, (value, *levels, *where))
         return self.described(new, value)
 
     def at_run_time(self, value: Node, spec: QSpec) -> Node:

@@ -16,17 +16,16 @@ from torch.fx import GraphModule, Node
 from qgraph.annotate import annotate, check_rules
 from qgraph.backend import Placement
 from qgraph.edit import Prologue, graph_modules
-from qgraph.errors import ModelError
+from qgraph.errors import ModelError, RecipeError
+from qgraph.formats import QUANTIZE
 from qgraph.ledger import Ledger, state
 from qgraph.observe import Observer, observer
 from qgraph.pipeline import EXACT, Context, Contract, Pass
 from qgraph.recipe import Recipe
 from qgraph.regions import Group
+from qgraph.scales import WAYS
 from qgraph.text import path_of
 from qgraph.types import QSpec
-
-QUANTIZE = "quantize"
-"""The key of `node.meta` that holds role -> QSpec for operands quantized without an observer."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,10 @@ class InsertObservers(Pass):
     placement: Placement
 
     def __post_init__(self) -> None:
-        observer(self.recipe.weight_range, QSpec(), **self.recipe.weight_range_options)  # an unknown one fails before any data is run
+        if self.recipe.weight_range not in WAYS:  # an unknown one fails before any data is run
+            observer(self.recipe.weight_range, QSpec(), **self.recipe.weight_range_options)
+        elif self.recipe.weight_range_options:
+            raise RecipeError(f"weight_range={self.recipe.weight_range!r} has no options, got {', '.join(self.recipe.weight_range_options)}")
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
         modules = list(graph_modules(gm))

@@ -39,7 +39,7 @@ class Mixed(Pass):
     """The stage `+mixed`. Which operations go back:
 
     1. `target`, dB of the model's outputs: those that gain most for what they cost, until the sum of what all operations lose alone
-       is that small. Operations that read the same value go together. The model runs twice on `samples` samples for each of them.
+       is that small. Operations that read the same value go together. The rest of the model runs twice on `samples` samples for each of them.
     2. `threshold`, dB: those whose own output loses more, when they alone are quantized.
     3. neither, metric "sqnr": the worst `fraction` of all, rounded up, by the same measure.
     4. metric "iqr": those whose input has an outlying interquartile range (hybrid quantization).
@@ -74,7 +74,7 @@ class Mixed(Pass):
         observe = next((p for p in state(gm).pending if isinstance(p, InsertObservers)), None)
         if observe is None:
             raise RecipeError("stage mixed looks at the formats of a recipe: name it in one, such as w8a8+mixed, and call qgraph.calibrate")
-        trial = _trial(gm, observe, ctx)
+        trial = trial_of(gm, observe, ctx, self)
         if self.target is not None:
             found = effective(Effects(trial, ctx.data or (), samples=self.samples), observe.placement, self.target)
         else:
@@ -121,7 +121,10 @@ def effective(effects: Effects, placement: Placement, target: float) -> Iterator
     readers: dict[Node, list[Place]] = {}
     for place, site in effects.sites.items():
         readers.setdefault(source(site.x), []).append(place)
-    steps = {value: _Steps.of(effects, places, placement) for value, places in readers.items()}
+    specs = {place: _run_time_spec(site, placement) for place, site in effects.sites.items()}
+    lost = effects.alone({place: dict.fromkeys((None, spec)) for place, spec in specs.items()})
+    at_run_time = {place: math.inf if spec is None else lost[place][spec] for place, spec in specs.items()}
+    steps = {value: _Steps.of([(p, lost[p][None], at_run_time[p]) for p in places]) for value, places in readers.items()}
     total, allowed = sum(s.losses[0] for s in steps.values()), 10 ** (-target / 10)
     while total > allowed and steps:
         value = max(steps, key=lambda v: steps[v].worth)
@@ -153,19 +156,19 @@ class _Steps:
         return self.gain if len(self.losses) > 2 else self.gain / FLOAT_COSTS
 
     @staticmethod
-    def of(effects: Effects, places: list[Place], placement: Placement) -> _Steps:
-        static = sum(effects.alone(p) for p in places)
-        specs = [_run_time_spec(effects.sites[p], placement) for p in places]
-        at_run_time = sum(effects.alone(p, spec) for p, spec in zip(places, specs, strict=True)) if None not in specs else math.inf
-        gains = at_run_time < static * 10 ** (-LESS / 10)
-        return _Steps(tuple(places), (static, at_run_time, 0.0) if gains else (static, 0.0))
+    def of(lost: list[tuple[Place, float, float]]) -> _Steps:
+        """(operation, what it loses now, with ranges found at run time, inf where there is no such format)."""
+        places, now, at_run_time = zip(*lost, strict=True)
+        gains = sum(at_run_time) < sum(now) * 10 ** (-LESS / 10)
+        return _Steps(places, (sum(now), sum(at_run_time), 0.0) if gains else (sum(now), 0.0))
 
 
 def _run_time_spec(site: Isolated, placement: Placement) -> QSpec | None:
-    """None where the range is found at run time already, or where the backend has nothing of the kind."""
+    """The most accurate format with a range found at run time; None where x has it already, or where the backend has nothing of the kind."""
     x = site.formats[1]
-    found = run_time_format(view_any(SITES, site.node), placement) if x is not None and not x.dynamic else None
-    return None if found is None else found.activation_spec()
+    found = None if x is None else run_time_format(view_any(SITES, site.node), placement)
+    spec = None if found is None else found.activation_spec()
+    return None if spec == x else spec
 
 
 def _db(share: float) -> str:
@@ -179,13 +182,14 @@ def _override(node: Node, observe: InsertObservers, change: Change) -> int:
     return 1
 
 
-def _trial(gm: GraphModule, observe: InsertObservers, ctx: Context) -> GraphModule:
-    """The graph as it would be quantized, behind the stages that are still to change the float graph: what they mend is not sent back."""
-    trial = copy_graph(gm)
-    waiting = [p for p in takewhile(lambda p: p is not observe, state(gm).pending) if not isinstance(p, Mixed)]
+def trial_of(gm: GraphModule, observe: InsertObservers, ctx: Context, asking: Pass, *, instead: InsertObservers | None = None) -> GraphModule:
+    """The graph as it would be quantized by `observe`, which is pending, or by another `instead`, behind the stages that are still to change
+    the float graph, but those of the kind that asks."""
+    trial, used = copy_graph(gm), instead or observe
+    waiting = [p for p in takewhile(lambda p: p is not observe, state(gm).pending) if type(p) is not type(asking)]
     Pipeline(*waiting).run(trial, Context(data=ctx.data, progress=ctx.progress))
-    state(trial).pending, state(trial).recipe = (), observe.recipe
-    observe.run(trial, Context())
+    state(trial).pending, state(trial).recipe = (), used.recipe
+    used.run(trial, Context())
     if any(isinstance(m, Observer) for m in trial.modules()):
         sweep(trial, ctx.data if ctx.data is not None else (), label="ranges", progress=ctx.progress)
     InsertFakeQuant.of(trial).run(trial, Context())

@@ -44,6 +44,18 @@ class ReduceRange(Pass):
         return ctx.apply(gm, [Rule(self.name, _WEIGHT, _reduce(self.target, state(gm).ledger))])
 
 
+def exact_on(target: str, stages: tuple[Pass, ...]) -> tuple[Pass, ...]:
+    """The stages of a recipe with those that make sums exact on a machine (a name of saturation.TARGETS), unless they are there already.
+
+    Once before the first stage that looks at the quantized graph, which then works with the scales that stay; and once behind them, for
+    integers that they have moved beyond the limit."""
+    if accumulator(target).products == 1 or any(isinstance(p, ReduceRange) for p in stages):
+        return stages
+    first = next((i for i, p in enumerate(stages) if p.at == "quantized"), len(stages))
+    behind = stages[first:]
+    return (*stages[:first], ReduceRange(target), *behind, *([ReduceRange(target)] if behind else []))
+
+
 def _reduce(target: str, ledger: Ledger) -> Callable[[Match, Rewriter], Node | None]:
     on = accumulator(target)
 

@@ -14,24 +14,26 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from qgraph.hessian import Grid, round_rows
+from qgraph.hessian import lattice, round_rows
 from qgraph.layers import QuantizedLayer, layers
-from qgraph.ledger import Entry, state
 from qgraph.lockstep import At, lockstep
 from qgraph.passes.bias_correct import correct, mean_shift
 from qgraph.pipeline import LOSSY, Context, Contract, Pass
-from qgraph.reference import fake_quantize, spread
 from qgraph.rewrite import Decline
 from qgraph.text import path_of
-from qgraph.types import int_range
+
+PER_COLUMN = 16
+"""Patches per column that are taken of each batch at most: more say nothing new about the few columns of a depthwise convolution."""
+
+REASON = "rounded to keep the output on calibration data"
 
 
 @dataclass(frozen=True)
 class RoundWeights(Pass):
     """Convolutions and linears whose weight is fake-quantized with an integer grid, in both dialects.
 
-    About `samples` calibration samples are run, fewer where they need more than `budget` bytes; `positions` patches are taken of each
-    batch. `damp` is the share of the mean diagonal that is added to E[x x^T]. A second run rounds the same float weights again."""
+    About `samples` calibration samples are run, fewer where they need more than `budget` bytes; at most `positions` patches are taken of
+    each batch. `damp` is the share of the mean diagonal that is added to E[x x^T]. A second run rounds the same float weights again."""
 
     contract: ClassVar[Contract] = LOSSY
     at: ClassVar[Literal["float", "observed", "quantized"]] = "quantized"
@@ -41,6 +43,9 @@ class RoundWeights(Pass):
     budget: int = 2**26
     positions: int = 512
     damp: float = 0.01
+
+    def workspace(self, rows: int, columns: int) -> int:
+        return 4 * (5 * columns**2 + 16 * rows * columns)
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
         sites, count = layers(gm, ctx, by=self.name), 0
@@ -58,8 +63,12 @@ class RoundWeights(Pass):
     def round(self, gm: GraphModule, at: At, layer: QuantizedLayer) -> int:
         """Rounds one layer; returns whether that changed its weight."""
         rows = layer.rows(at.constant(layer.view.weight)[0]).float()
-        found = round_rows(rows, _second_moment(at, layer, self.positions), _grid(at, layer), damp=self.damp)
-        return _store(gm, at, layer, found, by=self.name)
+        positions = min(self.positions, PER_COLUMN * rows.shape[-1])
+        on = lattice(_second_moment(at, layer, positions), self.damp)
+        if on is None or not layer.store(gm, round_rows(rows, on, layer.grid()), by=self.name, reason=REASON):
+            return 0
+        at.forget()
+        return 1
 
 
 def _obstacle(layer: QuantizedLayer) -> str:
@@ -78,29 +87,3 @@ def _second_moment(at: At, layer: QuantizedLayer, positions: int) -> Tensor:
         total = total + columns @ columns.mT if count == 0 else total.baddbmm_(columns, columns.mT)
         count += columns.shape[-1]
     return total.div_(count)
-
-
-def _grid(at: At, layer: QuantizedLayer) -> Grid:
-    fake, ones = layer.fake, torch.ones_like(layer.weight, dtype=torch.float32)
-
-    def by_row(value: Tensor) -> Tensor:
-        return layer.rows(ones * spread(value.float(), ones, fake.axis, fake.group))
-
-    zero = None if fake.zero_point is None else at.constant(fake.zero_point)[0]
-    return Grid(by_row(at.constant(fake.scale)[0]), by_row(zero) if zero is not None and zero.any() else None, *int_range(fake.dtype))
-
-
-def _store(gm: GraphModule, at: At, layer: QuantizedLayer, rows: Tensor, *, by: str) -> int:
-    fake, old = layer.fake, layer.weight
-    scale, zero = (None if n is None else at.constant(n)[0] for n in (fake.scale, fake.zero_point))
-    assert scale is not None
-    weight = fake_quantize(layer.from_rows(rows).to(old.dtype).contiguous(), scale, zero, fake.dtype, fake.axis, fake.group)
-    if torch.equal(weight, old):
-        return 0
-    layer.set_weight(gm, weight, by=by)
-    at.forget()
-    ledger = state(gm).ledger
-    entry = ledger.get(layer.label(ledger), "weight")
-    if entry is not None:
-        ledger.record(Entry(entry.node, entry.kind, "weight", entry.decision, by, "rounded to keep the output on calibration data"))
-    return 1

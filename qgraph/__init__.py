@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from qgraph.backend import register_backend
     from qgraph.calibrate import calibrate, load_batches
     from qgraph.capture import capture
+    from qgraph.checkpoints.insert import from_checkpoint
+    from qgraph.checkpoints.load import load_checkpoint
+    from qgraph.checkpoints.save import save_checkpoint
     from qgraph.errors import (
         CalibrationError,
         CaptureError,
@@ -29,7 +32,9 @@ if TYPE_CHECKING:
     )
     from qgraph.observe import register_observer
     from qgraph.onnx_io import from_onnx, save_onnx, to_onnx
+    from qgraph.perplexity import perplexity
     from qgraph.pipeline import Pipeline
+    from qgraph.plan import plan
     from qgraph.recipe import Int, Recipe, load_recipe, register_stage
     from qgraph.sensitivity import sensitivity
     from qgraph.text import diff, text
@@ -42,10 +47,15 @@ _HOME = {
     "backend": ("register_backend",),
     "calibrate": ("calibrate", "load_batches"),
     "capture": ("capture",),
+    "checkpoints.insert": ("from_checkpoint",),
+    "checkpoints.load": ("load_checkpoint",),
+    "checkpoints.save": ("save_checkpoint",),
     "errors": ("CalibrationError", "CaptureError", "LoweringError", "ModelError", "QGraphError", "RecipeError", "VerificationError"),
     "observe": ("register_observer",),
     "onnx_io": ("from_onnx", "save_onnx", "to_onnx"),
+    "perplexity": ("perplexity",),
     "pipeline": ("Pipeline",),
+    "plan": ("plan",),
     "recipe": ("Int", "Recipe", "load_recipe", "register_stage"),
     "sensitivity": ("sensitivity",),
     "text": ("diff", "text"),
@@ -78,16 +88,21 @@ __all__ = [
     "convert",
     "diff",
     "export",
+    "from_checkpoint",
     "from_onnx",
     "implements",
     "load_batches",
+    "load_checkpoint",
     "load_recipe",
     "lower",
+    "perplexity",
+    "plan",
     "prepare",
     "quantize",
     "register_backend",
     "register_observer",
     "register_stage",
+    "save_checkpoint",
     "save_onnx",
     "sensitivity",
     "text",
@@ -109,7 +124,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """Importing a submodule binds it in its package; `capture`, `calibrate`, `sensitivity` and `text` stay the functions of that name."""
+    """Importing a submodule binds it in its package; `capture`, `perplexity`, `text` and others stay the functions of that name."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _MODULE or not isinstance(value, ModuleType):

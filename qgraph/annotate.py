@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -20,9 +20,9 @@ from qgraph.errors import RecipeError, nearest
 from qgraph.formats import OVERRIDE, SITES, Override, SiteView, excluded, names_of, sites, wanted
 from qgraph.ledger import FLOAT, Entry, Ledger
 from qgraph.recipe import Int, Recipe
-from qgraph.regions import Group, Regions
+from qgraph.regions import Group, Regions, kind_in
 from qgraph.text import path_of
-from qgraph.types import PerTensor, QSpec, type_of
+from qgraph.types import PerGroup, PerTensor, QSpec, type_of
 from qgraph.views import Activation, Conv, Embedding, Linear, const_value, is_const, key, table, view, view_any
 
 Decision = tuple[QSpec | None, str]
@@ -213,7 +213,8 @@ class _Site:
         return not all(self.in_integers(reader) for reader in node.users)
 
     def in_integers(self, node: Node) -> bool:
-        return any(view(kind, node) is not None for kind in (*self.placement.compute, *self.placement.follow, *self.placement.share))
+        followers = (self.placement.follow, self.placement.share)
+        return view_any(self.placement.compute, node) is not None or any(kind_in(kinds, node) for kinds in followers)
 
     def x_spec(self, wanted: Int) -> QSpec:
         """The recipe's format; the backend's form of it where the recipe leaves that open."""
@@ -226,7 +227,11 @@ class _Site:
             return None, f"{self.source(rule)} leaves it in float"
         if weight is None and not isinstance(self.v, self.placement.activation_only):
             return None, "its weight is in float"
+        if weight is not None and weight.codebook is not None:
+            return None, self.refuse(rule, "levels of a codebook are multiplied in float")
         spec = self.x_spec(wanted)
+        if weight is not None and isinstance(spec.granularity, PerGroup) and weight.group > 0:
+            spec = replace(spec, granularity=PerGroup(-1, weight.group))  # kernels quantize rows in the weight's groups
         capable = self.placement.dynamic if spec.dynamic else self.placement.compute
         kind = type(self.v).__name__.lower()
         if not isinstance(self.v, capable):

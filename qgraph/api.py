@@ -14,7 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from qgraph import saturation
-from qgraph.backend import Backend, Program, get_backend
+from qgraph.backend import Backend, Program, Targeted, get_backend
 from qgraph.calibrate import calibrate
 from qgraph.capture import capture
 from qgraph.edit import copy_graph, graph_modules
@@ -24,6 +24,7 @@ from qgraph.onnx_io import from_onnx
 from qgraph.onnx_ops import OnnxOp
 from qgraph.passes import (
     Canonicalize,
+    FoldAttentionBiases,
     FoldBatchNorm,
     FoldConstants,
     FoldFakeQuant,
@@ -33,13 +34,17 @@ from qgraph.passes import (
     MergeEqual,
     RemoveDead,
     SinkConstants,
+    TieWeights,
+    UntieWeights,
 )
+from qgraph.passes.reduce_range import exact_on
 from qgraph.pipeline import Context, Pass, Pipeline, Verify
 from qgraph.recipe import Recipe, load_recipe
+from qgraph.resume import open_run
 from qgraph.rewriter import Decline
 from qgraph.score import Metric
 from qgraph.text import where
-from qgraph.views import Cast, Dequantize, DynamicQuantize, FakeQuantize, Quantize, const_value, view, view_any
+from qgraph.views import Cast, Dequantize, DynamicQuantize, FakeLookup, FakeQuantize, Lookup, Quantize, const_value, view, view_any
 
 Model = torch.nn.Module | torch.export.ExportedProgram | GraphModule | onnx.ModelProto | onnx_ir.Model | str | PathLike[str]
 Source = str | Recipe | Path
@@ -54,8 +59,8 @@ QUANTIZED_OPS = frozenset(
 """ONNX operations that only quantized models have."""
 
 PREPARE: tuple[Pass, ...] = (
-    *(InferTypes(), SinkConstants(), MergeEqual(), Canonicalize(), FoldConstants(), FoldBatchNorm()),
-    *(MergeEqual(), RemoveDead()),
+    *(InferTypes(), SinkConstants(), MergeEqual(), Canonicalize(), UntieWeights(), FoldConstants(), FoldBatchNorm()),
+    *(FoldAttentionBiases(), MergeEqual(), RemoveDead()),
 )
 """What every model goes through before it is annotated; none of them changes numbers beyond float rounding."""
 
@@ -92,7 +97,8 @@ def prepare(
     gm = as_graph(model, example_inputs, dynamic_shapes=dynamic_shapes)
     check_float(gm)
     observe = InsertObservers(recipe, target.placement)
-    stages = _in_order(recipe.stages, observe)
+    wanted = exact_on(target.target, recipe.stages) if isinstance(target, Targeted) else recipe.stages
+    stages = _in_order(wanted, observe)
     waiting = next((i for i, p in enumerate(stages) if p.needs_data or p.at == "quantized"), len(stages))
     _run(gm, *PREPARE, verify=verify)
     state(gm).declines = _run(gm, *stages[:waiting], verify=verify)
@@ -113,7 +119,7 @@ def convert(prepared: GraphModule, *, verify: Verify | None = None) -> GraphModu
         names = ", ".join(p.name for p in waiting if not isinstance(p, InsertObservers))
         raise CalibrationError(f"stages of the recipe have not run yet ({names}): call qgraph.calibrate(prepared, batches) first")
     gm = copy_graph(prepared)
-    _run(gm, InsertFakeQuant.of(gm), FoldFakeQuant(), RemoveDead(), verify=verify)
+    _run(gm, InsertFakeQuant.of(gm), FoldFakeQuant(), TieWeights(), RemoveDead(), verify=verify)
     saturation.record(gm)
     return _at(gm, "converted")
 
@@ -154,8 +160,9 @@ def quantize(
     """prepare, calibrate and convert in one call, and export when `output` is a path. Returns the quantized graph.
 
     `batches` is needed by recipes with static ranges or with stages that look at data. Raises what those functions raise.
-    `recipe="auto"` searches for the fastest program whose `metric` on `evaluation` falls by `max_drop` at most, see `auto.auto`; the last
-    four arguments are for it alone."""
+    `recipe="auto"` searches for the fastest program whose `metric` on `evaluation` falls by `max_drop` at most, see `auto.auto`; `metric`,
+    `max_drop` and `evaluation` are for it alone. `resume`: a folder (for "auto", a file) that keeps what is done, so that a run which was
+    killed goes on where it was; another model, recipe or data is refused."""
     if recipe == AUTO:
         from qgraph.auto import auto
 
@@ -173,13 +180,15 @@ def quantize(
         if output is not None:
             export(found, output, backend=backend)
         return found
-    if (max_drop, evaluation, resume) != (None, None, None):
-        raise RecipeError(f'max_drop, evaluation and resume are for recipe="auto", not for {recipe}')
+    if (max_drop, evaluation) != (None, None):
+        raise RecipeError(f'max_drop and evaluation are for recipe="auto", not for {recipe}')
     recipe = load_recipe(recipe)
     if recipe.needs_data and batches is None:
         asks = next((f"stage {p.name} of recipe {recipe.name}" for p in recipe.stages if p.needs_data), f"recipe {recipe.name}")
         raise CalibrationError(f"{asks} needs calibration data: give batches, or take a recipe without it, such as w8a8-dynamic")
     prepared = prepare(model, example_inputs, recipe=recipe, backend=backend, dynamic_shapes=dynamic_shapes, verify=verify)
+    if resume is not None:
+        open_run(resume, prepared, batches, get_backend(backend).name)
     calibrate(prepared, batches, verify=verify)
     quantized = convert(prepared, verify=verify)
     if output is not None:
@@ -208,10 +217,12 @@ def check_float(gm: GraphModule) -> None:
 
 
 def _is_quantized(node: Node) -> bool:
-    if view_any((Quantize, Dequantize, FakeQuantize, DynamicQuantize), node) is not None:
+    if view_any((Quantize, Dequantize, FakeQuantize, DynamicQuantize, Lookup, FakeLookup), node) is not None:
         return True
     if isinstance(node.target, OnnxOp) and node.target.op_type in QUANTIZED_OPS:
         return True
+    if isinstance(node.target, OnnxOp) and node.target.op_type == "BitShift":  # packed codes of a weight
+        return any(codes.dim() > 1 for n in node.all_input_nodes if (codes := const_value(n)) is not None)
     cast = view(Cast, node)  # a weight in Cast(int8) * scale
     stored = const_value(cast.x) if cast is not None and "float" in cast.to else None
     return stored is not None and stored.dtype in (torch.int8, torch.uint8) and stored.dim() > 1

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import Node
 
-from qgraph.formula import kind_of, unscaled
-from qgraph.views import DataMovement, Elementwise, Linear, Softmax, view
+from qgraph.formula import kind_of, number, unscaled
+from qgraph.views import DataMovement, Elementwise, Linear, Softmax, key, view
+
+_IS_NAN = ("::IsNaN", torch.ops.aten.isnan.default)
 
 
 @dataclass(frozen=True)
@@ -16,9 +19,9 @@ class Found:
     """softmax(scale * q k^T + mask) v with q [B, H, L, D], k [B, H, S, D], v [B, H, S, E], all of one float type.
 
     k has these axes in the order `k_perm` of its own (None: as they are), since exporters join the transposition of the product with
-    the one that splits the heads. `mask` is added, of q's type, and broadcasts to [B, H, L, S]. `scale` is the product of all constant factors
-    on q, on k and on the product, 1 / sqrt(D) being one of them. `nodes` is the chain in order, from the first node behind q or k to
-    the last product; no other node reads a value of it, but for those on the way from k and q to the first product."""
+    the one that splits the heads. `mask` is added, of q's element type, and broadcasts to [B, H, L, S]. `scale` is the product of all
+    constant factors on q, on k and on the product, 1 / sqrt(D) being one of them. `nodes` is the chain in order, from the first node behind
+    q or k to the last product; no other node reads a value of it, but for those on the way from k and q to the first product."""
 
     q: Node
     k: Node
@@ -34,21 +37,31 @@ def find_attention(node: Node) -> Found | None:
 
     A mask in another form than a sum (where, masked_fill) is none of this: rows that it blocks wholly come out otherwise."""
     last = _product(node)
-    weights = None if last is None else view(Softmax, last.x)
-    if last is None or weights is None or weights.log or weights.axis not in (-1, 3) or len(last.x.users) != 1:
+    soft, cleared = (None, ()) if last is None else _uncleared(last.x)
+    weights = view(Softmax, soft)
+    if last is None or soft is None or weights is None or weights.log or weights.axis not in (-1, 3):
         return None
     scores, mask, inner = _unmask(weights.x)
     scores, scale, outer = unscaled(scores)
     first = _product(scores)
     between = (scores, *outer, *inner)
-    if first is None or any(len(n.users) != 1 for n in between):
+    if first is None or any(len(n.users) != 1 for n in (*between, last.x)):
         return None
     q, of_q, on_q = unscaled(first.x)
     k, of_k, perm, on_k = _keys(first.weight)
-    if _floats(q, k, last.weight) is None or (mask is not None and _floats(q) != kind_of(mask)):
+    if _floats(q, k, last.weight) is None or (mask is not None and kind_of(mask)[0] != kind_of(q)[0]):
         return None
-    nodes = (*on_q, *on_k, *between, last.x, node)
+    nodes = (*on_q, *on_k, *between, soft, *cleared, node)
     return Found(q, k, last.weight, mask, scale * of_q * of_k, nodes, None if perm == (0, 1, 2, 3) else perm)
+
+
+def _uncleared(node: Node) -> tuple[Node, tuple[Node, ...]]:
+    """(p, nodes) of where(isnan(p), 0, p), which makes zeros of rows that the mask blocks wholly; else (node, ())."""
+    op = view(Elementwise, node)
+    test, zero, p = op.inputs if op is not None and op.kind == "where" and len(op.inputs) == 3 else (None, None, None)
+    if not isinstance(test, Node) or not isinstance(p, Node) or number(zero) != 0 or key(test.target) not in _IS_NAN:
+        return node, ()
+    return (p, (test, node)) if test.args[0] is p and len(test.users) == 1 and set(p.users) == {test, node} else (node, ())
 
 
 def _product(node: Any) -> Linear | None:

@@ -4,10 +4,13 @@ The workflow of Wu et al., "Integer Quantization for Deep Learning Inference: Pr
 arXiv 2004.09602, section 6), with measured latency: weights per channel, the best of the calibrators, then partial quantization in the
 order of sensitivity.
 
-1. Families: static ranges with each calibrator, ranges at run time, per token. Each recipe is tried once; calibrators share a latency.
-2. For each family that is clearly faster than the best answer and not within the budget, the fastest first:
+1. Families: static ranges with each calibrator; static ranges behind SmoothQuant with each of some alphas, where most layers are linear;
+   ranges at run time; per token. Members of a family share a latency, and are tried until one keeps the budget.
+2. For each family that is clearly faster than the best answer and not within the budget, the most accurate first, since an answer
+   ends the search in those that would be no faster:
    a. corrections, one after the other, each kept where it helps;
-   b. the fewest operations, most sensitive first, that must go back to run-time ranges or to float, by bisection.
+   b. the fewest operations that must go back to ranges found at run time (per token where the backend has that) or to float, by
+      bisection, in the order of what they cost the outputs.
 3. The answer is the fastest trial within the budget, the float model where none is faster than it.
 """
 
@@ -16,7 +19,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from os import PathLike
@@ -31,13 +34,15 @@ from qgraph.annotate import labels
 from qgraph.api import PREPARE, Model, as_graph, check_float, convert
 from qgraph.backend import Backend, Placement, Translator, get_backend
 from qgraph.edit import copy_graph, graph_modules
+from qgraph.effects import Effects
 from qgraph.errors import RecipeError, nearest
 from qgraph.formats import SITES, run_time_format, sites
 from qgraph.journal import Journal, fingerprint
 from qgraph.ledger import FLOAT, Entry, state
-from qgraph.losses import Loss, losses
 from qgraph.observe import OBSERVERS
+from qgraph.passes import RoundWeights, SmoothQuant
 from qgraph.passes.insert_fake_quant import InsertFakeQuant
+from qgraph.passes.mixed import effective
 from qgraph.pipeline import Context, Pipeline
 from qgraph.recipe import STAGES, Int
 from qgraph.score import METRICS, Metric, Timer, seconds_of
@@ -45,7 +50,7 @@ from qgraph.sweep import arranged, replayable
 from qgraph.text import target_name
 from qgraph.tradeoff import Candidate, Tradeoff, Trial
 from qgraph.trials import Bench
-from qgraph.views import view_any
+from qgraph.views import Conv, Embedding, Linear, is_const, view, view_any
 
 log = logging.getLogger(__name__)
 
@@ -56,9 +61,15 @@ CALIBRATORS: tuple[tuple[str, ...], ...] = (
     ("observer=mse",),
 )
 FAMILIES = ("w8a8", "w8a8-dynamic", "w8a8-token-asym", "w8a8-encoder")
-CORRECTIONS = ("bias-correct", "round", "smoothquant")
-"""Stages that may raise the metric at the same latency; those that exist are tried, in the order in which a recipe runs them."""
+SMOOTHING = tuple((f"stages=[{{smoothquant: {{alpha: {alpha}, explicit: true}}}}]",) for alpha in (0.5, 0.6, 0.7))
+"""Factors that go into products of their own where nothing else takes them in, which is worth it in front of static ranges."""
+
+CORRECTIONS = ("smoothquant", "round", "bias-correct")
+"""Stages that may raise the metric at the same latency; those that exist are tried, in this order, in which a recipe can run them."""
 MAX_DROP = 0.01
+SAMPLES = 8
+"""Samples on which the order of operations is found."""
+
 GAIN = 0.95
 """What is worth more trials must be this much faster than the answer so far: less is within the noise of latencies."""
 
@@ -143,8 +154,8 @@ class Search:
         return gm
 
     def run(self) -> Trial | None:
-        found = [t for name in self.families if (t := self.family(name)) is not None]
-        for t in sorted(found, key=lambda t: t.ratio):
+        found = [t for candidates in self.members() if (t := self.family(candidates)) is not None]
+        for t in sorted(found, key=lambda t: t.drop):
             if self.within(t) or t.ratio >= self.worth():
                 continue
             t = self.corrected(t)
@@ -165,43 +176,52 @@ class Search:
         best = self.best()
         return GAIN * (1 if best is None else best.ratio)
 
-    def family(self, name: str) -> Trial | None:
-        """The trial with the best of the calibrators. They do not change the latency: where the first is not faster than float, it remains."""
-        first = Candidate(name)
-        tried = [self.bench.trial(first)]
-        if first.recipe.static and not tried[0].ratio >= 1:  # NaN after a failure
-            return self.least(tried, (Candidate(name, c) for c in CALIBRATORS if c[0].removeprefix("observer=") in OBSERVERS))
-        return self.least(tried, ())
+    def members(self) -> Iterator[list[Candidate]]:
+        """Families: candidates that are about as fast."""
+        for name in self.families:
+            calibrators = CALIBRATORS if (static := Candidate(name).recipe.static) else ()
+            known = [c for c in calibrators if c[0].removeprefix("observer=") in OBSERVERS]
+            yield [Candidate(name), *(Candidate(name, c) for c in known)]
+            if static and _mostly_linear(self.bench.base):
+                yield [Candidate(name, s) for s in SMOOTHING]
 
-    def least(self, tried: list[Trial], others: Iterable[Candidate]) -> Trial | None:
-        """The trial with the least drop; others are as fast as the first."""
-        for candidate in others:
+    def family(self, candidates: Iterable[Candidate]) -> Trial | None:
+        """The trial with the least drop. None is tried after one within the budget, nor where the first is no faster than float."""
+        tried: list[Trial] = []
+        for candidate in candidates:
+            if tried and (self.within(tried[-1]) or tried[0].ratio >= 1):  # NaN after a failure
+                break
             known = next((t.ratio for t in tried if not t.failure), None)
             tried.append(self.bench.trial(candidate, ratio=known))
         return min((t for t in tried if not t.failure and not math.isnan(t.drop)), key=lambda t: t.drop, default=None)
 
     def corrected(self, t: Trial) -> Trial:
         """With each correction that lowers the drop. Their latency is measured: a correction may leave operations behind."""
-        worth = self.worth()
+        worth, smooths = self.worth(), _mostly_linear(self.bench.base) and not t.candidate.recipe.static  # static: a family of its own
         for stage in CORRECTIONS:
-            if stage in STAGES and not self.within(t):
-                with_it = self.bench.trial(replace(t.candidate, name=f"{t.candidate.name}+{stage}"))
+            if stage == "smoothquant" and not smooths:
+                continue
+            if stage in STAGES and not self.within(t) and (candidate := _with_stage(t.candidate, stage)) is not None:
+                with_it = self.bench.trial(candidate)
                 if with_it.drop < t.drop and with_it.ratio < worth:  # False after a failure
                     t = with_it
         return t
 
     def partial(self, t: Trial) -> None:
-        """Bisection for the fewest operations that must go back; it ends early where more of them would be no faster than the answer."""
+        """Bisection for the fewest steps back that keep the budget, in the order in which `mixed` takes them: what gains the outputs most for
+        its time. It ends early where more of them would be no faster than the answer."""
         quantized = self.bench.calibrated(t.candidate)
         InsertFakeQuant.of(quantized).run(quantized, Context())
-        rows = losses(quantized, self.bench.data, placement=self.bench.target.placement, progress=False).rows
-        names, formats = _patterns(quantized), _run_time(quantized, self.bench.target.placement)
-        few, many, worth = 0, len(rows), self.worth()
+        placement = self.bench.target.placement
+        effects = Effects(quantized, self.bench.data, samples=SAMPLES)
+        steps = [c for c in effective(effects, placement, math.inf) if view(Embedding, effects.sites[c.place].node) is None]
+        names, formats = _patterns(quantized), _run_time(quantized, placement)
+        few, many, worth = 0, len(steps) + 1, self.worth()
         while many - few > 1:
             count = (few + many) // 2
-            limit = rows[count].sqnr
-            back = tuple(f"rules.{names[row.place]}={_higher(row, limit, formats.get(row.place))}" for row in rows[:count])
-            found = self.bench.trial(replace(t.candidate, overrides=t.candidate.overrides + back))
+            back = {names[c.place]: _rule(formats[c.place] if c.run_time else None) for c in steps[:count]}
+            rules = tuple(f"rules.{name}={rule}" for name, rule in back.items())
+            found = self.bench.trial(replace(t.candidate, overrides=t.candidate.overrides + rules))
             if self.within(found):
                 many = count
             elif found.failure or found.ratio >= worth:
@@ -210,11 +230,29 @@ class Search:
                 few = count
 
 
-def _higher(row: Loss, limit: float, run_time: Int | None) -> str:
-    """The rule for an operation that goes back: ranges found at run time if it then loses no more than what stays."""
-    if run_time is None or row.run_time_sqnr is None or row.run_time_sqnr < limit:
+def _with_stage(candidate: Candidate, stage: str) -> Candidate | None:
+    """The candidate with one stage more, the last; None where it has that stage, or one that does the same and more (round corrects biases)."""
+    includes = {"smoothquant": SmoothQuant, "bias-correct": RoundWeights, "round": RoundWeights}
+    if stage in includes and any(isinstance(p, includes[stage]) for p in candidate.recipe.stages):
+        return None
+    given = next((o for o in candidate.overrides if o.startswith("stages=")), None)
+    if given is None:
+        return replace(candidate, name=f"{candidate.name}+{stage}")
+    stages = yaml.safe_dump([*yaml.safe_load(given.removeprefix("stages=")), stage], default_flow_style=True, width=10**6).strip()
+    return replace(candidate, overrides=tuple(f"stages={stages}" if o is given else o for o in candidate.overrides))
+
+
+def _mostly_linear(gm: GraphModule) -> bool:
+    """More linears with a constant weight than convolutions: an encoder, not an image classifier."""
+    found = [v for part in graph_modules(gm) for _, v in sites(part)]
+    return sum(isinstance(v, Linear) and is_const(v.weight) for v in found) > sum(isinstance(v, Conv) for v in found)
+
+
+def _rule(activations: Int | None) -> str:
+    """The rule for an operation that goes back to this format of its input, or to float."""
+    if activations is None:
         return "null"
-    given = {name: value for name, value in asdict(run_time).items() if value is not None}
+    given = {name: value for name, value in asdict(activations).items() if value is not None}
     return yaml.safe_dump({"activations": given}, default_flow_style=True, width=10**6).strip()
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass, replace
 from os import PathLike
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 from torch.fx import GraphModule
 
@@ -85,6 +85,14 @@ class Backend(Protocol):
 
 
 @runtime_checkable
+class Targeted(Protocol):
+    """A backend whose programs run on machines of one kind, a name of `saturation.TARGETS`. `prepare` sees to it that sums are exact there."""
+
+    @property
+    def target(self) -> str: ...
+
+
+@runtime_checkable
 class Translator(Protocol):
     """A backend that first translates what it lowers. Who lowers many variants of one graph translates the float graph once."""
 
@@ -104,10 +112,19 @@ def register_backend(name: str, factory: Callable[[], Backend]) -> None:
     BACKENDS[name] = factory
 
 
-def get_backend(backend: str | Backend) -> Backend:
-    """The backend of a name; an object is returned as it is. Raises RecipeError for an unknown name."""
-    if not isinstance(backend, str):
-        return backend
+def get_backend(backend: str | Backend, *, target: str | None = None) -> Backend:
+    """The backend of a name; an object is returned as it is. With `target`, for machines of that kind.
+
+    Raises RecipeError for an unknown name, and for a backend that is not made for machines of a kind."""
+    found = _backend(backend) if isinstance(backend, str) else backend
+    if target is None:
+        return found
+    if not isinstance(found, Targeted) or not is_dataclass(found):
+        raise RecipeError(f"target {target!r}: backend {found.name} is not made for machines of a kind; onnxruntime is")
+    return cast(Backend, replace(found, target=target))
+
+
+def _backend(backend: str) -> Backend:
     if backend not in BACKENDS:
         raise RecipeError(f"unknown backend {backend!r}{nearest(backend, BACKENDS)}")
     factory = BACKENDS[backend]

@@ -10,10 +10,11 @@ from torch.fx import GraphModule
 
 from qgraph.batches import load_batches
 from qgraph.errors import CalibrationError
-from qgraph.ledger import State, state
+from qgraph.ledger import state
 from qgraph.observe import Observer
 from qgraph.passes.insert_fake_quant import InsertFakeQuant
 from qgraph.pipeline import Context, Pass, Pipeline, Verify
+from qgraph.resume import Progress
 from qgraph.runners import Runner
 from qgraph.sweep import Calibration, arranged, replayable, runner_for, sweep
 
@@ -35,14 +36,16 @@ def calibrate(
     torch. Memory does not grow with the number of batches. `progress`: a bar on stderr; None shows it on a terminal only.
     A graph without observers needs no data: `batches` is not touched. After an interruption the observers are usable.
 
-    A recipe with stages that need data goes through it several times, so `batches` must be no iterator; stages that are done when
-    this is interrupted are not repeated by the next call. `verify` is that of `prepare`, for these stages; the first batch is the
+    A recipe with stages that need data goes through it several times, so `batches` must be no iterator; stages, and layers of a stage
+    that goes layer by layer, that are done when this is interrupted are not repeated by the next call with the same data. `verify` is that of `prepare`, for these stages; the first batch is the
     sample.
 
     Raises CalibrationError: no batches, an input that is missing, unknown, or of the wrong type or shape, NaN in an input or in a
     watched value (both named), or a model that does not run on a batch; RecipeError when the recipe does not fit the graph.
     """
-    early, late = _split(state(prepared).pending)
+    found = state(prepared)
+    found.progress = found.progress or Progress()
+    early, late = _split(found.pending)
     for p in early:
         _stage(prepared, p, batches, progress, verify)
     done = Calibration()
@@ -53,8 +56,7 @@ def calibrate(
     for p in late:
         InsertFakeQuant.of(prepared).run(prepared, Context())
         _stage(prepared, p, batches, progress, verify)
-    if isinstance(found := prepared.meta.get("qgraph"), State):
-        found.stage = "calibrated"
+    found.stage, found.progress = "calibrated", None
     return done
 
 
@@ -79,7 +81,10 @@ def _stage(prepared: GraphModule, p: Pass, batches: Iterable[Any] | None, progre
     """Runs a pass of the recipe; from then on it is no longer pending."""
     data = replayable(batches, f"stage {p.name}") if p.needs_data else batches
     first = list(islice(arranged(prepared, data), 1)) if verify == "numerics" and data is not None else []
-    ctx = Context(samples=[tuple(args) for _, args in first], data=data, progress=progress)
+    ctx, found = Context(samples=[tuple(args) for _, args in first], data=data, progress=progress), state(prepared)
+    if found.progress is not None:
+        ctx.declines = found.progress.declines
     Pipeline(p, verify=verify if ctx.samples or verify != "numerics" else "structure").run(prepared, ctx)
-    state(prepared).pending = state(prepared).pending[1:]
-    state(prepared).declines += tuple(ctx.declines)
+    found.pending = found.pending[1:]
+    found.declines += tuple(dict.fromkeys(ctx.declines))
+    ctx.declines.clear()

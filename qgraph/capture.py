@@ -22,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from qgraph.errors import CaptureError
 from qgraph.flatten import Entangled, flatten
-from qgraph.interface import dim_names, output_names, register_output_types
+from qgraph.interface import dim_names, input_names, output_names, register_output_types
 from qgraph.ledger import State
 from qgraph.origin import error_line
 
@@ -105,7 +105,7 @@ def _described(
     placeholders = gm.graph.find_nodes(op="placeholder")
     in_spec = getattr(gm, "_in_spec", None)
     flat = tuple(inputs[0]) if in_spec is None else tuple(tree_flatten_spec((list(inputs[0]), inputs[1]), in_spec))
-    names = tuple(str(n.target) for n in placeholders)
+    names = input_names(placeholders, inputs, signature)
     gm.meta["qgraph"] = State(
         source="torch",
         example_inputs=flat,

@@ -9,13 +9,15 @@ from qgraph.errors import CalibrationError
 
 
 class Channels:
-    """`low`, `high` [n]: bounds at each index of `axis`; `rows` [up to `count`, n], each row of the data with the same chance. Empty before data.
+    """`low`, `high`, `total` [n]: bounds and sum of magnitudes at each index of `axis`, over `seen` rows; `rows` [up to `count`, n]: each row
+    of the data with the same chance. Empty before data.
 
     The sample is the rows with the smallest of random numbers drawn for all of them, so its size is fixed and it needs one pass."""
 
     def __init__(self, axis: int, *, count: int = 0) -> None:
         self.axis, self.count = axis, count
-        self.low = self.high = self.rows = self.keys = torch.zeros(0)
+        self.low = self.high = self.total = self.rows = self.keys = torch.zeros(0)
+        self.seen = 0
         self.generator = torch.Generator().manual_seed(0)
 
     def update(self, x: Tensor) -> None:
@@ -27,6 +29,8 @@ class Channels:
         if not bool((low.isfinite() & high.isfinite()).all()):
             raise CalibrationError("a collected value contains NaN or infinity during calibration; check the calibration data")
         self.low, self.high = (low, high) if not len(self.low) else (torch.minimum(self.low, low), torch.maximum(self.high, high))
+        self.total = rows.abs().sum(0, dtype=torch.float64) + (self.total if self.seen else 0)
+        self.seen += len(rows)
         if self.count:
             self._draw(rows)
 
@@ -40,3 +44,7 @@ class Channels:
     def largest(self) -> Tensor:
         """Largest magnitudes [n]."""
         return torch.maximum(self.high, -self.low)
+
+    def mean(self) -> Tensor:
+        """Mean magnitudes [n]."""
+        return (self.total / max(self.seen, 1)).float()

@@ -1,4 +1,4 @@
-"""The command line: qgraph quantize | sensitivity | inspect | passes | diff, on files.
+"""The command line: qgraph quantize | sensitivity | eval | inspect | passes | diff, on files.
 
 Exit status 0, 1 for an error (one line on stderr, `--debug` for the traceback), 2 for wrong usage. torch is imported by the commands
 that need it, so that help and usage errors come at once.
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch.fx import GraphModule
 
     from qgraph.backend import Backend
+    from qgraph.feeds import Input
     from qgraph.recipe import Recipe
 
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -67,15 +68,22 @@ def main() -> None:
 @click.argument("source", metavar="IN.onnx|PACKAGE.MODULE:FUNCTION")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The ONNX file to write.")
 @click.option("--recipe", default="w8a8", show_default=True, help="Name (w8a8, w8a8-dynamic, w8a8+smoothquant, ..., auto) or a YAML file.")
-@click.option("--calibration", type=click.Path(), help="One .npz with arrays named as the inputs, or a folder of .npz files.")
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Samples per feed out of one .npz.")
+@click.option(
+    "--calibration", type=click.Path(), help="One .npz with arrays named as the inputs, a folder of .npz files, or text (with --tokenizer)."
+)
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Samples per feed out of one .npz, or of text.")
+@click.option("--tokenizer", type=click.Path(), help="For text: the model's tokenizer.json, or a folder with it.")
+@click.option("--window", type=click.IntRange(min=2), help="For text: tokens of a sample.  [default: 256]")
+@click.option("--samples", type=click.IntRange(min=1), help="For text: how many samples, spread over it.  [default: 48, or all]")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a field of the recipe; may be repeated.")
 @click.option("--backend", default="onnxruntime", show_default=True, help="What the model is quantized for.")
+@click.option("--target", help="The CPU on which sums have to be exact: x86-vnni, x86-avx2 or arm64-dot.  [default: x86-vnni]")
 @click.option("--strict", is_flag=True, help="Fail when a kernel that was promised did not come out.")
 @click.option("--max-drop", type=float, help="With --recipe auto: how much the metric may fall.  [default: 0.01]")
 @click.option("--metric", help="With --recipe auto: sqnr, agreement, or PACKAGE.MODULE:FUNCTION of (run, batches).  [default: sqnr]")
 @click.option("--evaluation", type=click.Path(), help="With --recipe auto: data for the metric, in the form of --calibration.")
-@click.option("--resume", type=click.Path(path_type=Path), help="With --recipe auto: a file that keeps finished trials.")
+@click.option("--resume", type=click.Path(path_type=Path), help="A folder that keeps finished layers (auto: a file of trials); run again to go on.")
+@click.option("--plan", "only_plan", is_flag=True, help="Write nothing: say what it will take, memory, temporary files, the output.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def quantize(
     source: str,
@@ -83,13 +91,18 @@ def quantize(
     recipe: str,
     calibration: str | None,
     batch: int,
+    tokenizer: str | None,
+    window: int | None,
+    samples: int | None,
     overrides: tuple[str, ...],
     backend: str,
+    target: str | None,
     strict: bool,
     max_drop: float | None,
     metric: str | None,
     evaluation: str | None,
     resume: Path | None,
+    only_plan: bool,
     as_json: bool,
 ) -> None:
     """Quantize a model and write it as ONNX.
@@ -103,20 +116,25 @@ def quantize(
     from qgraph.recipe import load_recipe
     from qgraph.report import report, report_text
 
-    target, budget = get_backend(backend), {"max_drop": max_drop, "metric": metric, "evaluation": evaluation, "resume": resume}
+    runtime = get_backend(backend, target=target)
+    budget = {"max_drop": max_drop, "metric": metric, "evaluation": evaluation}
+    text = {"tokenizer": tokenizer, "length": window, "samples": samples}
+    if only_plan:
+        _plan(source, recipe, overrides, runtime, calibration, batch, text, as_json)
+        return
     if recipe == "auto":
         if overrides:
             raise RecipeError("--set changes a recipe, and auto searches for one; leave it out")
-        quantized = _auto(source, target, calibration, batch, **budget)
+        quantized = _auto(source, runtime, calibration, batch, text, resume=resume, **budget)
     elif given := [f"--{name.replace('_', '-')}" for name, value in budget.items() if value is not None]:
         raise RecipeError(f"{', '.join(given)}: for --recipe auto, not for {recipe}")
     else:
         wanted = load_recipe(recipe, overrides)
         model, example_inputs, dynamic_shapes = _load(source)
-        prepared = qgraph.prepare(model, example_inputs, recipe=wanted, backend=target, dynamic_shapes=dynamic_shapes)
-        _calibrate(prepared, wanted, calibration, batch)
+        prepared = qgraph.prepare(model, example_inputs, recipe=wanted, backend=runtime, dynamic_shapes=dynamic_shapes)
+        _calibrate(prepared, wanted, calibration, batch, text, resume, runtime)
         quantized = qgraph.convert(prepared)
-    program = qgraph.lower(quantized, backend=target, strict=strict)
+    program = qgraph.lower(quantized, backend=runtime, strict=strict)
     program.save(output)
     found = quantized.meta["qgraph"]
     made = report(source, output, found, program.kernels())
@@ -124,34 +142,54 @@ def quantize(
     click.echo(json.dumps(made) if as_json else trials + report_text(made))
 
 
-def _auto(source: str, target: Backend, calibration: str | None, batch: int, **budget: Any) -> GraphModule:
+def _plan(
+    source: str,
+    recipe: str,
+    overrides: tuple[str, ...],
+    runtime: Backend,
+    calibration: str | None,
+    batch: int,
+    text: dict[str, Any],
+    as_json: bool,
+) -> None:
+    from qgraph.recipe import load_recipe
+    from qgraph.tokens import calibration_batches
+
+    model, inputs = _captured(source)
+    batches = None if calibration is None else calibration_batches(calibration, batch, inputs, **text)
+    found = qgraph.plan(model, load_recipe(recipe, overrides), batches, backend=runtime)
+    click.echo(json.dumps(found.as_json()) if as_json else str(found))
+
+
+def _auto(source: str, runtime: Backend, calibration: str | None, batch: int, text: dict[str, Any], **budget: Any) -> GraphModule:
     """The graph that keeps the budget. On a terminal the trials are shown as they end."""
     from qgraph.auto import auto
+    from qgraph.tokens import calibration_batches
 
     if calibration is None:
         raise RecipeError("recipe auto looks at data: give --calibration")
-    model, names = _captured(source)
-    data = qgraph.load_batches(calibration, batch, names)
+    model, inputs = _captured(source)
+    data = calibration_batches(calibration, batch, inputs, **text)
     held_out = budget.pop("evaluation")
     metric = budget.pop("metric") or "sqnr"
     return auto(
         model,
         data,
-        backend=target,
+        backend=runtime,
         metric=_imported(metric) if _FUNCTION.fullmatch(metric) else metric,
-        evaluation=None if held_out is None else qgraph.load_batches(held_out, batch, names),
+        evaluation=None if held_out is None else calibration_batches(held_out, batch, inputs, **text),
         **budget,
     )
 
 
-def _captured(source: str) -> tuple[Any, list[str]]:
-    """A graph of the model, and the names of its inputs."""
+def _captured(source: str) -> tuple[Any, tuple[Input, ...]]:
+    """A graph of the model, and its inputs."""
     from qgraph.api import as_graph
     from qgraph.feeds import inputs_of
 
     model, example_inputs, dynamic_shapes = _load(source)
     gm = as_graph(model, example_inputs, dynamic_shapes=dynamic_shapes)
-    return gm, [i.name for i in inputs_of(gm)]
+    return gm, inputs_of(gm)
 
 
 @main.command()
@@ -172,8 +210,8 @@ def sensitivity(
     _quiet()
     from qgraph.recipe import load_recipe
 
-    model, names = _captured(source)
-    wanted, data = load_recipe(recipe, overrides), qgraph.load_batches(calibration, batch, names)
+    model, inputs = _captured(source)
+    wanted, data = load_recipe(recipe, overrides), qgraph.load_batches(calibration, batch, [i.name for i in inputs])
     found = qgraph.sensitivity(model, data, recipe=wanted, backend=backend, effect=effect)
     click.echo(json.dumps(found.as_json()) if as_json else str(found))
 
@@ -218,13 +256,46 @@ def _imported(source: str) -> Any:
         raise ModelError(f"cannot load {source}: {error}") from error
 
 
-def _calibrate(prepared: Any, recipe: Recipe, path: str | None, batch: int) -> None:
+def _calibrate(
+    prepared: Any, recipe: Recipe, path: str | None, batch: int, text: dict[str, Any], resume: Path | None, backend: Backend
+) -> None:
     if recipe.needs_data and path is None:
         raise RecipeError(f"recipe {recipe.name} looks at data: give --calibration, or use a recipe without it, such as w8a8-dynamic")
     from qgraph.feeds import inputs_of
+    from qgraph.tokens import calibration_batches
 
-    batches = None if path is None else qgraph.load_batches(path, batch, [i.name for i in inputs_of(prepared)])
+    batches = None if path is None else calibration_batches(path, batch, inputs_of(prepared), **text)
+    if resume is not None:
+        from qgraph.resume import open_run
+
+        open_run(resume, prepared, batches, backend.name)
     qgraph.calibrate(prepared, batches)
+
+
+@main.command("eval")
+@click.argument("model", metavar="MODEL.onnx", type=click.Path())
+@click.option("--perplexity", "text", required=True, type=click.Path(), help="Text, or an .npz of token ids.")
+@click.option("--tokenizer", type=click.Path(), help="The model's tokenizer.json, or a folder with it.")
+@click.option("--window", type=click.IntRange(min=2), default=256, show_default=True, help="Tokens that are seen at once.")
+@click.option("--samples", type=click.IntRange(min=1), help="How many windows, spread over the text.  [default: all]")
+@click.option("--beside", type=click.Path(), metavar="FLOAT.onnx", help="A model to compare with on the same windows.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def evaluate(model: str, text: str, tokenizer: str | None, window: int, samples: int | None, beside: str | None, as_json: bool) -> None:
+    """How well a language model predicts a text: exp of the mean loss of a token, lower is better."""
+    from qgraph.perplexity import perplexity
+    from qgraph.tokens import load_windows, spread
+
+    windows = spread(load_windows(text, tokenizer, length=window), samples)
+    found = {path: perplexity(path, windows, label=Path(path).name) for path in (model, beside) if path is not None}
+    ratio = None if beside is None else float(found[model]) / float(found[beside])
+    if as_json:
+        made = {"perplexity": float(found[model]), "tokens": found[model].tokens, "windows": found[model].windows}
+        click.echo(json.dumps(made if beside is None else made | {"beside": float(found[beside]), "ratio": ratio}))
+        return
+    for path, result in found.items():
+        click.echo(f"{path}: {result}")
+    if ratio is not None:
+        click.echo(f"ratio {ratio:.4f}")
 
 
 @main.command()

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node, map_arg
 
 from qgraph.errors import VerificationError
 from qgraph.moments import MOMENTS
+from qgraph.spill import settled
 from qgraph.types import attribute
 
 PURE_DOMAINS = {"", "ai.onnx", "ai.onnx.ml", "ai.onnx.preview.training", "com.microsoft"}
@@ -54,14 +55,15 @@ def nested(node: Node) -> GraphModule | None:
 def add_constant(gm: GraphModule, name_hint: str, value: Any) -> str:
     """Store `value` in the module under a new name made from `name_hint`; returns the get_attr target.
 
-    A tensor becomes a buffer, anything else (an onnx_ir tensor, a nested GraphModule) a plain attribute or submodule."""
+    A tensor becomes a buffer (a mapped one where there is much already, see spill.py), anything else (an onnx_ir tensor, a nested
+    GraphModule) a plain attribute or submodule."""
     hint = "".join(c if c.isalnum() else "_" for c in name_hint) or "constant"
     hint = f"c{hint}" if hint[0].isdigit() else hint
     name, suffix = hint, len(gm._buffers)  # not 1: with many constants of one name the next free number must not be searched for
     while hasattr(gm, name):
         name, suffix = f"{hint}_{suffix}", suffix + 1
     if isinstance(value, torch.Tensor):
-        gm.register_buffer(name, value.detach())
+        gm.register_buffer(name, settled(value.detach()))
     else:
         setattr(gm, name, value)
     return name

@@ -10,21 +10,25 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from qgraph.errors import CalibrationError, nearest
 from qgraph.ledger import State
 from qgraph.types import TensorType, type_of
+from qgraph.views import Embedding, view
 
 
 @dataclass(frozen=True)
 class Input:
-    """One graph input: the name that users know, the placeholder's own, and its type (None: not a tensor, or unknown)."""
+    """One graph input: the name that users know, the placeholder's own, and its type (None: not a tensor, or unknown).
+
+    `limit`: rows of the smallest table that is read at these indices, None where there is no table."""
 
     name: str
     placeholder: str
     type: TensorType | None
+    limit: int | None = None
 
 
 def inputs_of(gm: GraphModule) -> tuple[Input, ...]:
@@ -34,7 +38,12 @@ def inputs_of(gm: GraphModule) -> tuple[Input, ...]:
     names = state.input_names if isinstance(state, State) else ()
     if len(names) != len(nodes):
         names = tuple(str(n.target) for n in nodes)
-    return tuple(Input(name, str(node.target), type_of(node)) for name, node in zip(names, nodes, strict=True))
+    return tuple(Input(name, str(node.target), type_of(node), _rows(node)) for name, node in zip(names, nodes, strict=True))
+
+
+def _rows(indices: Node) -> int | None:
+    found = [type_of(v.weight) for user in indices.users if (v := view(Embedding, user)) is not None and v.indices is indices]
+    return min((t.shape[0] for t in found if t is not None and t.shape and isinstance(t.shape[0], int)), default=None)
 
 
 def arrange(feed: Any, inputs: Sequence[Input], *, where: str) -> list[Any]:
@@ -84,6 +93,8 @@ def _checked(value: Any, i: Input, where: str) -> Any:
             raise CalibrationError(f"{who} has shape {list(x.shape)}, the model takes {known}{_shape_hint(x, known)}")
     if known.dtype is not None:
         x = _convert(x, known.dtype, who)
+    if i.limit is not None and x.numel() and int(x.max()) >= i.limit:
+        raise CalibrationError(f"{who} holds index {int(x.max())}, but the table that it is read from has {i.limit} rows")
     if x.is_floating_point() and math.isnan(x.sum()) and bool(x.isnan().any()):
         raise CalibrationError(f"{who} contains NaN ({int(x.isnan().sum())} of {x.numel()} elements)")
     return x

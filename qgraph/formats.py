@@ -19,6 +19,12 @@ SiteView = Linear | Conv | Embedding
 OVERRIDE = "override"
 """The key of `node.meta` that holds an Override."""
 
+QUANTIZE = "quantize"
+"""The key of `node.meta` that holds role -> QSpec for operands quantized without an observer."""
+
+TIED = "tied"
+"""The key of a linear's `node.meta` that names the embedding table which is its weight, too (see passes/untie_weights.py)."""
+
 RUN_TIME = (
     Int(8, per="token", symmetric=False, unsigned=True, dynamic=True),
     Int(8, per="tensor", symmetric=False, unsigned=True, dynamic=True),
@@ -51,10 +57,14 @@ def names_of(node: Node) -> tuple[str, ...]:
 
 
 def wanted(node: Node, recipe: Recipe) -> tuple[str | None, Int | None, Int | None]:
-    """(the rule that decided, weights, activations) of a site; the last rule that matches wins, and any rule over an Override."""
+    """(the rule that decided, weights, activations) of a site; the last rule that matches wins, and any rule over an Override.
+
+    A linear whose weight is an embedding table has the table's format where that is the finer one, or float."""
     embedding = view_any((Embedding,), node) is not None
     weights = recipe.embeddings if embedding else recipe.weights
     activations = None if embedding else recipe.activations
+    if TIED in node.meta and weights is not None and (recipe.embeddings is None or weights.bits < recipe.embeddings.bits):
+        weights = recipe.embeddings  # it is the same table
     chosen = None
     for pattern, rule in recipe.rules.items():
         if any(fnmatchcase(name, pattern) for name in names_of(node)):

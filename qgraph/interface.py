@@ -1,4 +1,4 @@
-"""Names of what goes in and out of a captured module: outputs from its structure, dimensions from `dynamic_shapes`."""
+"""Names of what goes in and out of a captured module: inputs and outputs from their structure, dimensions from `dynamic_shapes`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,26 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
+
+
+def input_names(
+    placeholders: Sequence[Node], inputs: tuple[tuple[Any, ...], dict[str, Any]], signature: inspect.Signature | None
+) -> tuple[str, ...]:
+    """The parameters' names; what one of them nests is named by the path that leads to it, "past.0.key".
+
+    Without a signature, and for what *args and **kwargs take, the names are the placeholders' own."""
+    names = [str(node.target) for node in placeholders]
+    if signature is not None:
+        args, kwargs = inputs
+        bound = signature.bind(*args, **kwargs).arguments
+        plain = {n for n, p in signature.parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        paths = [path for path, _ in pytree.tree_flatten_with_path(dict(bound))[0]]
+        if len(paths) == len(names):
+            names = [
+                _path_name(path) if len(path) > 1 and _path_name(path[:1]) in plain else name
+                for path, name in zip(paths, names, strict=True)
+            ]
+    return tuple(names)
 
 
 def output_names(gm: GraphModule, taken: tuple[str, ...]) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from qgraph.annotate import labels
 from qgraph.edit import copy_graph, erase, graph_modules
 from qgraph.formats import SITES, SiteView
 from qgraph.types import QSpec, attribute
-from qgraph.views import Dequantize, DynamicQuantize, Embedding, FakeQuantize, granularity, view, view_any
+from qgraph.views import Dequantize, DynamicQuantize, Embedding, FakeLookup, FakeQuantize, const_value, granularity, view, view_any
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +79,8 @@ def _bypass(gm: GraphModule) -> None:
 
 def source(node: Node) -> Node:
     """The float value that a quantized operand stands for; the node itself where it is not quantized."""
-    if (fake := view(FakeQuantize, node)) is not None:
+    fake: FakeQuantize | FakeLookup | None = view_any((FakeQuantize, FakeLookup), node)
+    if fake is not None:
         return fake.x
     found = _run_time(node)
     return node if found is None else found.x
@@ -89,6 +90,9 @@ def format_of(node: Node) -> QSpec | None:
     """How a quantized operand is represented; None where it is float."""
     if (fake := view(FakeQuantize, node)) is not None:
         return QSpec(fake.dtype, fake.zero_point is None, granularity(fake.axis, fake.group))
+    if (levels := view(FakeLookup, node)) is not None and (table := const_value(levels.table)) is not None:
+        per = granularity(levels.axis if levels.scale is not None else levels.table_axis, levels.group)
+        return QSpec(f"uint{max(2, (table.shape[-1] - 1).bit_length())}", granularity=per, codebook="levels")
     found = _run_time(node)
     return None if found is None else QSpec(found.dtype, found.symmetric, granularity(found.axis, found.group), dynamic=True)
 

@@ -21,6 +21,7 @@ from torch.fx import GraphModule
 import qgraph
 from qgraph.edit import graph_modules
 from qgraph.errors import ModelError
+from qgraph.spill import release
 from qgraph.sweep import arranged
 from qgraph.text import text
 from qgraph.tradeoff import Trial
@@ -66,15 +67,17 @@ def fingerprint(gm: GraphModule, data: Iterable[Iterable[Any]], settings: Iterab
     for part in graph_modules(gm):
         for name, tensor in (*part.named_parameters(), *part.named_buffers()):
             digest.update(name.encode())
-            _add(digest, tensor)
+            add_to(digest, tensor)
+            release()
     for batches in data:
         for _, args in arranged(gm, batches):
             for value in args:
-                _add(digest, value)
+                add_to(digest, value)
     return digest.hexdigest()
 
 
-def _add(digest: Any, value: Any) -> None:
+def add_to(digest: Any, value: Any) -> None:
+    """Feeds a tensor with its type and shape, or a number, to a hash."""
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu().contiguous()
         digest.update(f"{value.dtype}{list(value.shape)}".encode())

@@ -13,15 +13,22 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from qgraph.codebook import TableLevels
 from qgraph.edit import add_constant, graph_modules
-from qgraph.ledger import Ledger
+from qgraph.hessian import Grid, Levels
+from qgraph.isolate import evaluate
+from qgraph.ledger import Entry, Ledger, state
 from qgraph.lockstep import ORIGINAL
 from qgraph.pipeline import Context
+from qgraph.reference import spread
 from qgraph.rewrite import Decline
 from qgraph.rewriter import Rewriter
 from qgraph.slots import with_operands
 from qgraph.text import path_of
-from qgraph.views import Conv, Elementwise, FakeQuantize, Linear, const_value, is_const, key, view, view_any
+from qgraph.types import PerAxis, PerGroup, QSpec, int_range
+from qgraph.views import Conv, Elementwise, FakeLookup, FakeQuantize, Linear, const_value, is_const, key, view, view_any
+
+FAKE = (FakeQuantize, FakeLookup)
 
 
 @dataclass(frozen=True)
@@ -31,9 +38,48 @@ class QuantizedLayer:
 
     node: Node
     view: Conv | Linear
-    fake: FakeQuantize
+    fake: FakeQuantize | FakeLookup
     bias_reader: Node
     bias_node: Node | None
+
+    @property
+    def row_spec(self) -> QSpec | None:
+        """The format of the weight's `rows`: one scale per row, or per group of a row's columns; None for any other, and for a codebook."""
+        f, out_axis = self.fake, self.view.out_axis % self.weight.dim()
+        if isinstance(f, FakeLookup):
+            return None
+        axis = None if f.axis is None else f.axis % self.weight.dim()
+        if axis is None or f.group < 0 or (f.group > 0) == (axis == out_axis):
+            return None
+        zero, (low, high) = None if f.zero_point is None else const_value(f.zero_point), int_range(f.dtype)
+        symmetric = zero is None or bool((zero == (low + high + 1) // 2).all())
+        return QSpec(f.dtype, symmetric, PerGroup(1, f.group) if f.group else PerAxis(0))
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        if isinstance(self.fake, FakeQuantize):
+            return QSpec(self.fake.dtype).bits
+        table = const_value(self.fake.table)
+        assert table is not None  # tables are constants
+        return (table.shape[-1] - 1).bit_length()
+
+    def grid(self) -> Levels:
+        """The numbers that the weight's `rows` may become."""
+        fake, ones = self.fake, torch.ones_like(self.weight, dtype=torch.float32)
+
+        def by_row(node: Node) -> Tensor:
+            value = const_value(node)
+            assert value is not None  # fake quantization of weights has constant scales
+            return self.rows(ones * spread(value.float(), ones, fake.axis, fake.group))
+
+        if isinstance(fake, FakeLookup):
+            table, scale = const_value(fake.table), None if fake.scale is None else by_row(fake.scale)
+            assert table is not None  # tables are constants
+            rows = table if table.dim() == 1 else table.reshape(*self.rows(ones).shape[:2], -1)
+            return TableLevels(rows.float(), scale)
+        zero = None if fake.zero_point is None else by_row(fake.zero_point)
+        return Grid(by_row(fake.scale), zero if zero is not None and zero.any() else None, *int_range(fake.dtype))
 
     @property
     def weight(self) -> Tensor:
@@ -113,6 +159,33 @@ class QuantizedLayer:
         x = x.unflatten(1, (v.groups, -1)).movedim(0, 2)  # [groups, inputs, batch, *positions, *kernel]
         return x.movedim(tuple(range(3 + n, 3 + 2 * n)), tuple(range(2, 2 + n))).reshape(v.groups, self.weight[0].numel(), -1)
 
+    def set_grid(self, gm: GraphModule, scale: Tensor, zero: Tensor | None, *, by: str) -> QuantizedLayer:
+        """Stores scales and zero points [rows, groups] of the weight's rows, and returns the layer with them."""
+        assert isinstance(self.fake, FakeQuantize)  # row_spec is None for a codebook
+        for old, value in ((self.fake.scale, scale.to(self.dtype)), (self.fake.zero_point, zero)):
+            if old is None or value is None:
+                continue
+            shape = value.movedim(0, self.view.out_axis) if self.fake.group else value.flatten()
+            new = Rewriter(gm, self.view.weight, by=by).const(shape.contiguous(), name=str(old.target))
+            self.view.weight.replace_input_with(old, new)
+            if not old.users:
+                gm.graph.erase_node(old)
+        fake = view(FakeQuantize, self.view.weight)
+        assert fake is not None  # it was one before
+        return replace(self, fake=fake)
+
+    def store(self, gm: GraphModule, rows: Tensor, *, by: str, reason: str) -> bool:
+        """Stores rows of the grid as the weight, and says so in the ledger; returns whether that changed it."""
+        weight: Tensor = evaluate(self.view.weight, {self.fake.x: self.from_rows(rows).to(self.dtype).contiguous()})
+        if torch.equal(weight, self.weight):
+            return False
+        self.set_weight(gm, weight, by=by)
+        ledger = state(gm).ledger
+        entry = ledger.get(self.label(ledger), "weight")
+        if entry is not None:
+            ledger.record(Entry(entry.node, entry.kind, "weight", entry.decision, by, reason))
+        return True
+
     def set_weight(self, gm: GraphModule, weight: Tensor, *, by: str) -> None:
         """Stores a weight that this layer's fake quantization alone reads."""
         old = self.fake.x
@@ -142,21 +215,25 @@ class QuantizedLayer:
                 gm.graph.erase_node(old)
 
 
-def layers(gm: GraphModule, ctx: Context, *, by: str) -> dict[Node, QuantizedLayer]:
-    """The layers of this graph (not of its bodies) whose constants can be corrected; refusals go to the context."""
+def layers(gm: GraphModule, ctx: Context, *, by: str, biases: bool = True) -> dict[Node, QuantizedLayer]:
+    """The layers of this graph (not of its bodies) whose constants can be corrected; refusals go to the context.
+
+    With `biases`, only those that have a place for one."""
     found = {}
     ctx.declines += [
         Decline(by, n.name, path_of(n), "it is in a body of control flow; layers of the graph itself are corrected") for n in _nested(gm)
     ]
     for node in gm.graph.nodes:
         v = view_any((Conv, Linear), node)
-        fake = view(FakeQuantize, v.weight) if v is not None else None
+        fake = view_any(FAKE, v.weight) if v is not None else None
         weight = const_value(fake.x) if fake is not None else None
         if fake is None or weight is None or is_const(v.x):
             continue
         layer = QuantizedLayer(node, v, fake, node, v.bias)
         slot = _bias_slot(layer)
-        if isinstance(slot, str):
+        if isinstance(slot, str) and not biases:
+            found[node] = layer
+        elif isinstance(slot, str):
             ctx.declines.append(Decline(by, node.name, path_of(node), slot))
         else:
             found[node] = replace(layer, bias_reader=slot[0], bias_node=slot[1])
@@ -167,7 +244,7 @@ def _nested(gm: GraphModule) -> Iterator[Node]:
     """Quantized layers of bodies."""
     for node in (n for part in list(graph_modules(gm))[1:] for n in part.graph.nodes):
         v = view_any((Conv, Linear), node)
-        if v is not None and view(FakeQuantize, v.weight) is not None:
+        if v is not None and view_any(FAKE, v.weight) is not None:
             yield node
 
 

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 if TYPE_CHECKING:
     from qgraph.pipeline import Pass
     from qgraph.recipe import Recipe
+    from qgraph.resume import Progress
     from qgraph.rewriter import Decline
     from qgraph.tradeoff import Tradeoff
 
@@ -21,7 +22,7 @@ FLOAT = "float"
 @dataclass(frozen=True)
 class Entry:
     """One decision. `role` is the operand of `node` it is about ("weight", "x", "operand" for a second activation, "bias", "output"; "accumulator", see
-    saturation.py; "scale" and "shift": factors and shifts of its input channels; "range": that of its value, where no data gives it; "distribution": what an input is taken for); `decision` is a QSpec's text ("int8 sym per axis 0"), "int32" for a derived bias, or "float"; `by` the pass; `reason` a sentence."""
+    saturation.py; "scale" and "shift": factors and shifts of its input channels; "range": that of its value, where no data gives it; "distribution": what an input is taken for; "outliers": what of the weight stays in float); `decision` is a QSpec's text ("int8 sym per axis 0"), "int32" for a derived bias, or "float"; `by` the pass; `reason` a sentence."""
 
     node: str
     kind: str
@@ -71,7 +72,7 @@ class Ledger:
         count = {"weights": 0, "weights_quantized": 0, "activations": 0, "activations_quantized": 0}
         for e in self:
             group = "weights" if e.role == "weight" else "activations"
-            if e.role in ("bias", "accumulator", "scale", "shift", "range", "distribution"):
+            if e.role in ("bias", "accumulator", "scale", "shift", "range", "distribution", "outliers"):
                 continue
             count[group] += 1
             count[f"{group}_quantized"] += e.quantized
@@ -95,7 +96,7 @@ class State:
     is torch.export's form; names are in the order of the flat inputs and outputs; `dim_names` gives the name of a symbol in the types
     ("s77" -> "batch"); `tied` lists the module paths of every tensor that has several; `pending` are the passes of the recipe that
     wait for `calibrate`, in order; `declines` is what stages of the recipe refused to do, and why; `tradeoff` is what the search of
-    recipe "auto" has found."""
+    recipe "auto" has found; `progress` is what an interrupted `calibrate` has done."""
 
     source: Literal["torch", "onnx"]
     example_inputs: tuple[Any, ...] | None = None
@@ -110,6 +111,7 @@ class State:
     pending: tuple[Pass, ...] = ()
     declines: tuple[Decline, ...] = ()
     tradeoff: Tradeoff | None = None
+    progress: Progress | None = None
 
     def copy(self) -> State:
         """A State with a ledger of its own."""

@@ -1,19 +1,28 @@
-"""lockstep(gm, sites, data): the float and the quantized model side by side, stopped before each site, so that it can be changed there.
+"""lockstep(gm, sites, data): the quantized model, beside it the float one, stopped before each site, so that it can be changed there.
 
-    for at in lockstep(gm, sites, ctx.data):
+    for at in lockstep(gm, sites, ctx.data):                  # both models, about 64 samples
         for x_float, x_quantized in at.values(x): ...
         change constants of at.node
 
+    groups = together(sites, lambda node: sites[node].view.x)  # q, k and v are one stop
+    for at in lockstep(gm, groups, ctx.data, samples=None, reference=False, label=self.name):
+        for x in at.inputs(x): ...                             # each batch once, for all of at.nodes
+        change constants of every node in at.nodes
+
 What comes after sees the change: methods that correct layer by layer on the quantized prefix (bias correction, GPTQ and its kin) are
 loops over this. Both models are one graph: in the float one fake quantization is the identity, and constants that a stage has replaced
-(see `keep_original`) are what they were.
+(see `ORIGINAL`) are what they were. Without `reference` there is no float model, which halves time and memory.
+
+Only the values that are read later are kept of each batch; between two stops weights are float for one segment alone. Inside `calibrate`
+a caller that is interrupted goes on where it was (see resume.py), so it must start from `original` constants.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +33,13 @@ from torch.utils._pytree import tree_leaves
 
 from qgraph.edit import add_constant, is_pure, nested
 from qgraph.errors import CalibrationError, QGraphError
-from qgraph.sweep import arranged, replayable
+from qgraph.heap import give_back
+from qgraph.ledger import state
+from qgraph.spill import Store, is_mapped, release, size
+from qgraph.sweep import arranged, bar, replayable
 from qgraph.text import where
 from qgraph.types import attribute, type_of
-from qgraph.views import Dequantize, DynamicQuantize, FakeQuantize, view
+from qgraph.views import Dequantize, DynamicQuantize, FakeLookup, FakeQuantize, view, view_any
 
 ORIGINAL = "original"
 """The key of a get_attr node's meta that names the tensor it read before a stage replaced it; "" for one that was not there."""
@@ -48,6 +60,12 @@ STRIDED = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, tor
 MERGED = 4
 """Batches that are run as one where that means the same: more take no less time for each."""
 
+TOKENS = 4096
+"""Token ids, or elements of other inputs with two axes, that batches which run as one have at most: attention takes their square."""
+
+BUDGET = 2**28
+"""Bytes of live values that stay in memory."""
+
 Values = dict[Node, Any]
 """What one model holds of one batch."""
 
@@ -60,17 +78,28 @@ def replace_constant(gm: GraphModule, node: Node, value: Tensor) -> None:
 
 @dataclass(frozen=True)
 class At:
-    """Both models before `node`, which they have not run yet."""
+    """The models before `nodes`, which they have not run yet: one site, or those of a group."""
 
-    node: Node
+    nodes: tuple[Node, ...]
     models: _Models
-    envs: Sequence[tuple[Values, Values]]
+    envs: Sequence[tuple[Values, ...]]
+
+    @property
+    def node(self) -> Node:
+        return self.nodes[0]
+
+    def inputs(self, operand: Node) -> Iterator[Tensor]:
+        """The value in the quantized model of an operand of the nodes, for each batch."""
+        for env in self.envs:
+            yield self.models.quantized.load(operand, env[-1])
+            release()
 
     def values(self, operand: Node) -> Iterator[tuple[Tensor, Tensor]]:
-        """(value in the float model, value in the quantized one) of an operand of `node`, for each batch."""
+        """(value in the float model, value in the quantized one) of an operand of the nodes, for each batch; needs `reference`."""
         floats, quantized = self.models.schedules
         for x, y in self.envs:
             yield floats.load(self.models.twins[operand], x), quantized.load(operand, y)
+            release()
 
     def constant(self, operand: Node) -> tuple[Tensor, Tensor]:
         """The same for an operand that no input reaches."""
@@ -78,67 +107,104 @@ class At:
         return floats.load(self.models.twins[operand], {}), quantized.load(operand, {})
 
     def forget(self) -> None:
-        """Constants of the site have changed: what was computed from them is computed anew."""
-        self.models.schedules[1].computed.clear()
+        """Constants of a site have changed: what was computed from them is computed anew."""
+        self.models.quantized.computed.clear()
 
-    def call(self, operand: Node, x_float: Tensor, x_quantized: Tensor) -> tuple[Tensor, Tensor]:
-        """What both models compute at `node` for these values of one operand; the others are constants."""
+    def call(self, operand: Node, x_float: Tensor, x_quantized: Tensor, node: Node | None = None) -> tuple[Tensor, Tensor]:
+        """What both models compute at `node` (default: the first) for these values of one operand; the others are constants."""
         floats, quantized = self.models.schedules
-        twins = self.models.twins
-        return floats.call(twins[self.node], {twins[operand]: x_float}), quantized.call(self.node, {operand: x_quantized})
+        twins, node = self.models.twins, node or self.node
+        return floats.call(twins[node], {twins[operand]: x_float}), quantized.call(node, {operand: x_quantized})
+
+
+def together(sites: Iterable[Node], operand: Callable[[Node], Node]) -> list[tuple[Node, ...]]:
+    """The sites in groups that have the same operand(site)."""
+    groups: dict[Node, list[Node]] = {}
+    for site in sites:
+        groups.setdefault(operand(site), []).append(site)
+    return [tuple(group) for group in groups.values()]
 
 
 def lockstep(
     gm: GraphModule,
-    sites: Iterable[Node],
+    sites: Iterable[Node | tuple[Node, ...]],
     data: Iterable[Any] | None,
     *,
-    samples: int = 64,
-    budget: int = 2**28,
+    samples: int | None = 64,
+    budget: int = BUDGET,
+    reference: bool = True,
     label: str = "lockstep",
+    progress: bool | None = None,
 ) -> Iterator[At]:
-    """Stops before each of `sites` in graph order; between two stops the caller may change the constant operands of the site.
+    """Stops before each of `sites` in graph order; between two stops the caller may change the constant operands of the site. A group
+    of sites (see `together`) is one stop, before the first of them.
 
-    About `samples` samples are used, in batches spread over `data`. What both models hold at a stop stays below `budget` bytes: where
+    About `samples` samples are used, in batches spread over `data`. What the models hold at a stop stays below `budget` bytes: where
     that does not do for all batches, early layers see fewer, and the others join as soon as all later stops have room for them.
+    `samples` None: every stop sees all batches, and values beyond the budget go to temporary files (see spill.py).
+
+    `reference` False: there is no float model, and `inputs` is what tells values. `progress` is that of `calibrate`.
     Raises CalibrationError when there is no data or a model does not run on it."""
+    groups = [site if isinstance(site, tuple) else (site,) for site in sites]
     feeds = _spread(gm, replayable(data, label), samples)
-    models, merged = _Models(gm, set(sites)), _merged(gm, feeds)
+    models, merged = _Models(gm, groups, reference=reference), _merged(gm, feeds)
+    counts = [len(merged)] * len(groups) if samples is None else _counts(models, merged, budget)
+    progressing = state(gm).progress
+    stage = None if progressing is None else progressing.stage(gm, label, feeds)
+    with bar(len(groups), label, progress, unit="layers", rate="layers") as advance:
+        for done, at in enumerate(models.walk([_concatenated(group) for group in merged], counts, budget), 1):
+            if stage is None or not stage.restore(at.nodes):
+                yield at
+                if stage is not None:
+                    stage.finish(at.nodes)
+            advance(done)
+
+
+def _counts(models: _Models, merged: list[list[list[Any]]], budget: int) -> list[int]:
+    """How many feeds each stop has room for; never fewer than the one before."""
     cases = max(len(group) for group in merged)
-    room = [max(1, budget // max(cases * size, 1)) for size in models.sizes(feeds[0])]
-    counts = [min(room[i:]) for i in range(len(room))]
-    yield from models.walk([_concatenated(group) for group in merged], [min(n, len(merged)) for n in counts])
+    room = [max(1, budget // max(cases * size, 1)) for size in models.sizes(merged[0][0])]
+    return [min(len(merged), *room[i:]) for i in range(len(room))]
 
 
-def _spread(gm: GraphModule, data: Iterable[Any], samples: int) -> list[list[Any]]:
-    """Evenly spaced batches that hold about `samples` samples together, shuffled. Raises CalibrationError when there are none."""
+def _spread(gm: GraphModule, data: Iterable[Any], samples: int | None) -> list[list[Any]]:
+    """Evenly spaced batches that hold about `samples` samples together, shuffled; None: all. Raises CalibrationError when there are none."""
     kept: list[list[Any]] = []
     step = wanted = 1
     for i, (_, feed) in enumerate(arranged(gm, data)):
-        if not kept:
-            size = next((len(x) for x in feed if isinstance(x, Tensor) and x.dim()), 1)
-            wanted = max(1, samples // max(size, 1))
+        if not kept and samples is not None:
+            cases = next((len(x) for x in feed if isinstance(x, Tensor) and x.dim()), 1)
+            wanted = max(1, samples // max(cases, 1))
         if i % step == 0:
             kept.append(feed)
-        if len(kept) > 2 * wanted:
+        if samples is not None and len(kept) > 2 * wanted:
             kept, step = kept[::2], 2 * step
     if not kept:
         raise CalibrationError("no calibration data: the batches are empty; give at least one batch")
+    if samples is None:
+        return kept
     count = min(wanted, len(kept))
     return random.Random(0).sample([kept[i * len(kept) // count] for i in range(count)], count)
 
 
 def _merged(gm: GraphModule, feeds: list[list[Any]]) -> list[list[list[Any]]]:
     """Groups of feeds that are run as one: of equal shapes, in a model that takes any number of cases."""
+    alike: dict[tuple[torch.Size, ...], list[list[Any]]] = {}
+    for feed in feeds:
+        alike.setdefault(tuple(x.shape for x in feed), []).append(feed)
+    steps = {shapes: as_one(gm, shapes) for shapes in alike}
+    return [group[i : i + steps[shapes]] for shapes, group in alike.items() for i in range(0, len(group), steps[shapes])]
+
+
+def as_one(gm: GraphModule, shapes: Iterable[Sequence[int]]) -> int:
+    """How many batches of these input shapes are run as one."""
     types = [type_of(n) for n in gm.graph.nodes if n.op == "placeholder"]
     axes = {t.shape[0] if t is not None and t.shape else 0 for t in types}
     dynamic = any(view(DynamicQuantize, n) is not None for n in gm.graph.nodes)  # a merged batch would share a range
     if len(axes) != 1 or not all(isinstance(n, str) for n in axes) or dynamic:
-        return [[feed] for feed in feeds]
-    alike: dict[Any, list[list[Any]]] = {}
-    for feed in feeds:
-        alike.setdefault(tuple(x.shape for x in feed), []).append(feed)
-    return [group[i : i + MERGED] for group in alike.values() for i in range(0, len(group), MERGED)]
+        return 1
+    tokens = max((math.prod(shape) for shape in shapes if len(shape) == 2), default=1)
+    return max(1, min(MERGED, TOKENS // max(tokens, 1)))
 
 
 def _concatenated(feeds: list[list[Any]]) -> list[Any]:
@@ -146,40 +212,60 @@ def _concatenated(feeds: list[list[Any]]) -> list[Any]:
 
 
 class _Models:
-    """Both models as two schedules of the same length, cut before the sites."""
+    """The models (float, quantized), or the quantized one alone, as schedules of the same length, cut before the sites."""
 
-    def __init__(self, gm: GraphModule, sites: set[Node]) -> None:
-        nodes = [n for n in gm.graph.nodes if n.op not in ("get_attr", "output")]
-        # The module of the twin must outlive its nodes, which read constants from it.
-        self.module, self.twins, copies = _float_twin(gm)
-        self.schedules = _Schedule([copies.get(n) for n in nodes]), _Schedule(nodes)
-        self.cuts = [(i, n) for i, n in enumerate(nodes) if n in sites]
+    def __init__(self, gm: GraphModule, groups: Iterable[tuple[Node, ...]], *, reference: bool = True) -> None:
+        group_of = {n: group for group in groups for n in group}
+        ordered = [n for n in gm.graph.nodes if n.op not in ("get_attr", "output")]
+        last = max((i for i, n in enumerate(ordered) if n in group_of), default=-1)
+        nodes = [n for i, n in enumerate(ordered) if i <= last or n.op == "placeholder"]  # what the last site reads is needed, no more
+        self.quantized = _Schedule(nodes)
+        self.schedules: tuple[_Schedule, ...] = (self.quantized,)
+        if reference:
+            # The module of the twin must outlive its nodes, which read constants from it.
+            self.module, self.twins, copies = _float_twin(gm)
+            self.schedules = _Schedule([copies.get(n) for n in nodes]), self.quantized
+        first = {group_of[n]: i for i, n in reversed(list(enumerate(nodes))) if n in group_of}
+        self.cuts = sorted((i, group) for group, i in first.items())
 
     def sizes(self, feed: Sequence[Any]) -> list[int]:
-        """Bytes that both models hold at each stop; the float one is run to see."""
+        """Bytes that the models hold at each stop; the float one is run to see, where there is one."""
         schedule, done, sizes = self.schedules[0], 0, list[int]()
         values = schedule.start(feed)
         for cut, _ in self.cuts:
             schedule.run(values, done, cut)
-            sizes.append(2 * _bytes(values))
+            sizes.append(len(self.schedules) * _bytes(values))
             done = cut
             schedule.computed.clear()
         return sizes
 
-    def walk(self, feeds: Sequence[Sequence[Any]], counts: Sequence[int]) -> Iterator[At]:
-        """Runs both models from stop to stop, on the first counts[i] feeds at stop i; counts do not fall."""
-        envs: list[tuple[Values, Values]] = []
+    def walk(self, feeds: Sequence[Sequence[Any]], counts: Sequence[int], budget: int) -> Iterator[At]:
+        """Runs the models from stop to stop, on the first counts[i] feeds at stop i; counts do not fall."""
+        envs: list[tuple[Values, ...]] = []
         done = 0
-        for (cut, node), count in zip(self.cuts, counts, strict=True):
-            known = len(envs)
-            envs += [(self.schedules[0].start(feed), self.schedules[1].start(feed)) for feed in feeds[known:count]]
-            for i, pair in enumerate(envs):
-                for schedule, values in zip(self.schedules, pair, strict=True):
+        for (cut, group), count in zip(self.cuts, counts, strict=True):
+            known, held, store = len(envs), 0, Store()
+            envs += [tuple(s.start(feed) for s in self.schedules) for feed in feeds[known:count]]
+            for i, env in enumerate(envs):
+                for schedule, values in zip(self.schedules, env, strict=True):
                     schedule.run(values, done if i < known else 0, cut)
-            yield At(node, self, envs)
+                    held = _bounded(values, held, budget, store)
+            give_back()
+            yield At(group, self, envs)
             done = cut
             for schedule in self.schedules:
                 schedule.computed.clear()
+
+
+def _bounded(values: Values, held: int, budget: int, store: Store) -> int:
+    """Puts values into `store` as soon as more than `budget` bytes are held; returns the bytes held from now on."""
+    for node, value in values.items():
+        if isinstance(value, Tensor) and not is_mapped(value):
+            if held + size(value) > budget:
+                values[node] = store.put(value)
+            else:
+                held += size(value)
+    return held
 
 
 class _Schedule:
@@ -197,8 +283,10 @@ class _Schedule:
         self.nodes = [None if n in self.constant else n for n in nodes]
         last = {value: i for i, n in enumerate(self.nodes) if n is not None for value in (n, *n.all_input_nodes)}
         self.spent: list[list[Node]] = [[] for _ in nodes]
+        run = set(nodes)
         for value, i in last.items():
-            self.spent[i].append(value)
+            if run.issuperset(value.users):  # a stop may ask for what is read behind the last one, too: the stream that it adds to
+                self.spent[i].append(value)
 
     def is_constant(self, node: Node) -> bool:
         return node.op == "get_attr" or node in self.constant
@@ -219,6 +307,7 @@ class _Schedule:
                 values[node] = self.call(node, values)
             for value in spent:
                 values.pop(value, None)
+            release()
 
     def load(self, node: Node, values: Values) -> Any:
         if node.op == "get_attr":
@@ -268,8 +357,9 @@ def _float_twin(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node], dict[No
 
 
 def simulated(node: Node) -> Node | None:
-    """x of fake_quantize(x) and of dequantize(dynamic_quantize(x))."""
-    if (fake := view(FakeQuantize, node)) is not None:
+    """x of fake_quantize(x), of fake_lookup(x) and of dequantize(dynamic_quantize(x))."""
+    fake: FakeQuantize | FakeLookup | None = view_any((FakeQuantize, FakeLookup), node)
+    if fake is not None:
         return fake.x
     found = view(Dequantize, node)
     dynamic = view(DynamicQuantize, found.q.args[0]) if found is not None and found.q.target is operator.getitem else None

@@ -102,7 +102,7 @@ def _rewrite(member: Member, d: Tensor, rw: Rewriter) -> None:
     else:
         v = view_any((Linear, Conv, Norm, BatchNorm), node)
         _set(node, **(new if "weight" in new else {"weight": _ones(rw, v, d), **new}))
-    _drop(rw.gm, old)
+    drop_constants(rw.gm, old)
 
 
 def _changes(member: Member, d: Tensor) -> dict[str, tuple[Node, Callable[[Tensor], Tensor]]]:
@@ -168,7 +168,7 @@ def _set(node: Node, **roles: Node) -> None:
     node.args, node.kwargs = found
 
 
-def _drop(gm: GraphModule, old: list[Node]) -> None:
+def drop_constants(gm: GraphModule, old: list[Node]) -> None:
     """Removes constants that nothing reads any more."""
     dead = [node for node in old if node.op == "get_attr" and not node.users]
     for node in dead:

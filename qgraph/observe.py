@@ -18,6 +18,7 @@ from torch import Tensor
 from qgraph.choices import MSE, Entropy, Percentile, one_thread
 from qgraph.errors import CalibrationError, RecipeError, nearest
 from qgraph.histogram import Histogram, Values
+from qgraph.parts import PART, pieces
 from qgraph.qparams import choose_qparams, reduce_rows
 from qgraph.ranges import Choice, MinMax, MovingAverage, Range, Statistic, bounds, infinite_from
 from qgraph.types import PerAxis, PerTensor, QSpec
@@ -223,11 +224,21 @@ def observer(kind: str, spec: QSpec, *, name: str = "", **options: Any) -> Obser
     return factory(spec, name=name, **options)
 
 
+def require_finite(weight: Tensor, name: str) -> None:
+    """Raises CalibrationError for NaN and infinities."""
+    if not all(bool(part.isfinite().all()) for part in weight.detach().reshape(-1).split(PART)):
+        raise CalibrationError(f"the weight {name!r} contains NaN or infinity; leave it in float with a rule")
+
+
 def range_of(x: Tensor, spec: QSpec, kind: str = "minmax", *, name: str = "", **options: Any) -> Range:
     """(low, high) of a weight, float32 in the shape that `spec`'s scale has, chosen as the observer of that kind chooses, from the
     values themselves. Raises CalibrationError for NaN and infinities, RecipeError for an unknown kind or option."""
-    if not x.detach().isfinite().all():
-        raise CalibrationError(f"the weight {name!r} contains NaN or infinity; leave it in float with a rule")
+    require_finite(x, name)
     choose = observer(kind, replace(spec, granularity=PerTensor()), name=name, **options).choose
     with one_thread():
-        return reduce_rows(x.detach().float(), spec.axis, spec.group, lambda rows: choose(Values(rows), spec))
+        parts = [
+            reduce_rows(part.float(), spec.axis, spec.group, lambda rows: choose(Values(rows), spec))
+            for part in pieces(x.detach(), spec.axis, spec.group)
+        ]
+    low, high = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+    return low, high

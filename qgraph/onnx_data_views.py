@@ -5,7 +5,21 @@ from __future__ import annotations
 from torch.fx import Node
 
 from qgraph.onnx_node import arg, attr, const_ints, op_type, rank, scalar, single, version
-from qgraph.views import DataMovement, Dequantize, Embedding, FakeQuantize, Pad, Quantize, Size, const_value, implements, is_const, view_any
+from qgraph.views import (
+    DataMovement,
+    Dequantize,
+    Embedding,
+    FakeLookup,
+    FakeQuantize,
+    Lookup,
+    Pad,
+    Quantize,
+    Size,
+    const_value,
+    implements,
+    is_const,
+    view_any,
+)
 
 _KINDS = {
     "Reshape": "reshape",
@@ -67,8 +81,8 @@ def _table(node: object) -> Node | None:
         if node.op == "call_module":
             node = arg(node, 0)
             continue
-        match view_any((Dequantize, Quantize, FakeQuantize), node):
-            case Dequantize(q=inner) | Quantize(x=inner) | FakeQuantize(x=inner):
+        match view_any((Dequantize, Quantize, FakeQuantize, Lookup, FakeLookup), node):
+            case Dequantize(q=inner) | Lookup(q=inner) | Quantize(x=inner) | FakeQuantize(x=inner) | FakeLookup(x=inner):
                 node = inner
             case _:
                 return None

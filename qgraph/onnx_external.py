@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
+import weakref
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -11,6 +13,9 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.errors import ModelError
+from qgraph.spill import register
+
+_mappings: weakref.WeakValueDictionary[tuple[int, ...], mmap.mmap] = weakref.WeakValueDictionary()
 
 
 def data_path(tensor: ir.ExternalTensor) -> Path:
@@ -50,11 +55,22 @@ def memory_map(tensor: ir.ExternalTensor) -> np.ndarray[Any, Any]:
     shape = tensor.shape.numpy()
     if length == 0:
         return np.empty(shape, tensor.dtype.numpy())
-    data = np.memmap(path, dtype=np.uint8, mode="r", offset=offset, shape=(length,))
+    data = _mapped(path)[offset : offset + length]
     if tensor.dtype.bitwidth < 8:
         return ir.PackedTensor(np.array(data), tensor.dtype, shape=tensor.shape).numpy()
     found = data.view(np.dtype(tensor.dtype.numpy()).newbyteorder("<")).reshape(shape)
     return found if found.flags.aligned else found.copy()
+
+
+def _mapped(path: Path) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    """All bytes of a file. It is mapped once, as long as its tensors live: each mapping keeps a file open, and there may be thousands."""
+    found = path.stat()
+    key = (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
+    mapping = _mappings.get(key)
+    if mapping is None:
+        with path.open("rb") as file:
+            mapping = _mappings[key] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return register(mapping)
 
 
 def copy_sparse(source: BinaryIO, target: BinaryIO, *, start: int, offset: int, length: int) -> None:

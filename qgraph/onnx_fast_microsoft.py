@@ -209,3 +209,8 @@ def skip_layer_normalization(
     total = x + skip if bias is None else x + skip + bias
     found = F.layer_norm(total, gamma.shape, gamma, beta, epsilon)
     return found if op.outputs == 1 else (found, None, None, total)[: op.outputs]
+
+
+@fast("QuickGelu", domain=MS)
+def quick_gelu(op: Any, x: Tensor, *, alpha: float = 1.702) -> Tensor:
+    return x * torch.sigmoid(alpha * x)

@@ -17,7 +17,7 @@ from torch.fx import Node
 from qgraph import reference
 from qgraph.qparams import choose_qparams, minmax, quantize_bias, scale_shape, zero_point_of
 from qgraph.types import storage
-from qgraph.views import Dequantize, DynamicQuantize, FakeQuantize, Quantize, implements, operands
+from qgraph.views import Dequantize, DynamicQuantize, FakeLookup, FakeQuantize, Lookup, Quantize, implements, operands
 
 __all__ = ["Q", "choose_qparams", "minmax", "quantize_bias", "scale_shape", "zero_point_of"]
 
@@ -32,6 +32,7 @@ _INTEGERS = (
     "Tensor weight, Tensor w_scale, Tensor? w_zero_point, str w_dtype, Tensor? bias"
 )
 _REQUANTIZE = "Tensor? y_scale=None, Tensor? y_zero_point=None, str? y_dtype=None"
+_LEVELS = "Tensor table, Tensor? scale, int? table_axis=None, int? axis=None, int group=0"
 _WINDOW = "int[] stride, int[] padding, int[] dilation, int groups"
 
 
@@ -46,6 +47,8 @@ fake_quantize = _op(reference.fake_quantize, f"Tensor x, {_PARAMETERS}")
 dynamic_quantize = _op(
     reference.dynamic_quantize, "Tensor x, str dtype, bool symmetric, int? axis=None, int group=0", "(Tensor, Tensor, Tensor)"
 )
+lookup = _op(reference.lookup, f"Tensor q, {_LEVELS}")
+fake_lookup = _op(reference.fake_lookup, f"Tensor x, {_LEVELS}")
 dequant_linear = _op(reference.dequant_linear, f"Tensor x, {_WEIGHT}, int group=0")
 dequant_conv = _op(reference.dequant_conv, f"Tensor x, {_WEIGHT}, {_WINDOW}")
 quantized_linear = _op(reference.quantized_linear, f"{_INTEGERS}, {_REQUANTIZE}")
@@ -77,6 +80,14 @@ def _(q: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: str, axis: int
 def _(x: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: str, axis: int | None = None, group: int = 0) -> Tensor:
     _fits(scale, x, axis, group)
     return torch.empty_like(x)
+
+
+@lookup.register_fake
+@fake_lookup.register_fake
+def _(q: Tensor, table: Tensor, scale: Tensor | None, table_axis: int | None = None, axis: int | None = None, group: int = 0) -> Tensor:
+    if scale is not None:
+        _fits(scale, q, axis, group)
+    return torch.empty_like(q, dtype=table.dtype)
 
 
 @dynamic_quantize.register_fake
@@ -172,6 +183,15 @@ def _straight_through(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad * inside.to(grad.dtype), None, None, None, None, None
 
 
+def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """The gradient needs no values."""
+
+
+def _to_the_weight(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """d fake_lookup / dx = 1."""
+    return grad, None, None, None, None, None
+
+
 def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, weight, scale, zero_point, bias, dtype, group = inputs
     ctx.save_for_backward(weight, scale, zero_point)
@@ -188,6 +208,7 @@ def _through_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 fake_quantize.register_autograd(_straight_through, setup_context=_keep_inputs)
+fake_lookup.register_autograd(_to_the_weight, setup_context=_keep_nothing)
 dequant_linear.register_autograd(_through_linear, setup_context=_keep_weight)
 
 
@@ -213,3 +234,13 @@ def _(node: Node) -> FakeQuantize:
 @implements(DynamicQuantize, Q.dynamic_quantize.default)
 def _(node: Node) -> DynamicQuantize:
     return DynamicQuantize(**operands(node))
+
+
+@implements(Lookup, Q.lookup.default)
+def _(node: Node) -> Lookup:
+    return Lookup(**operands(node))
+
+
+@implements(FakeLookup, Q.fake_lookup.default)
+def _(node: Node) -> FakeLookup:
+    return FakeLookup(**operands(node))

@@ -26,6 +26,54 @@ def grid_to_float(node: Node) -> str | None:
     return _dtype(args["dtype"]) or _integers("q", args["q"], args["dtype"]) or _encoding(args["q"], args, args["axis"], args["group"])
 
 
+@legal("qgraph", Q.lookup.default)
+@legal("qgraph", Q.fake_lookup.default)
+def levels(node: Node) -> str | None:
+    args = operands(node)
+    codes = args.get("q")
+    x = args["x"] if codes is None else codes
+    problem = _float("x", x) if codes is None else _codes(codes, args["table"])
+    problem = problem or _float("table", args["table"]) or _table(_type(x), args["table"], args["table_axis"])
+    if problem or args["scale"] is None:
+        return problem
+    problem = _axis(_type(x), args["axis"], args["group"]) or _float("scale", args["scale"])
+    dims = None if problem else _scale_dims(_type(x).shape, args["axis"], args["group"])
+    problem = problem or _shape("scale", args["scale"], dims)
+    const = const_value(args["scale"])
+    if problem or const is None or bool(((const != 0) & const.isfinite()).all()):
+        return problem
+    return "has a scale that is 0 or no number somewhere"
+
+
+def _codes(q: Any, table: Any) -> str | None:
+    found, count, const = _type(q), _type(table).shape, const_value(q)
+    if found.dtype not in (None, "uint8"):
+        return f"has codes of type {found}, not uint8"
+    largest = -1 if const is None or const.numel() == 0 else int(const.max())
+    if count and isinstance(count[-1], int) and largest >= count[-1]:
+        return f"has code {largest}; its table has {count[-1]} levels"
+    return None
+
+
+def _table(x: TensorType, table: Any, axis: int | None) -> str | None:
+    """[L] ascending levels, at most 256, or [n, L] for the n indices of an axis of x."""
+    shape, const = _type(table).shape, const_value(table)
+    if shape is None:
+        return None
+    if len(shape) not in (1, 2) or (len(shape) == 2) != (axis is not None):
+        return f"has a table of shape {list(shape)} and table_axis={axis}; a table is [L], or [n, L] along an axis"
+    if axis is not None and x.shape is not None:
+        if not -len(x.shape) <= axis < len(x.shape):
+            return f"has table_axis={axis}, which is not an axis of {x}"
+        if isinstance(n := x.shape[axis], int) and isinstance(shape[0], int) and n != shape[0]:
+            return f"has a table of {shape[0]} rows for {n} along axis {axis}"
+    if isinstance(shape[-1], int) and shape[-1] > 256:
+        return f"has a table of {shape[-1]} levels; codes are uint8"
+    if const is not None and not bool(const.isfinite().all() & (const[..., 1:] >= const[..., :-1]).all()):
+        return "has a table whose levels are not ascending numbers"
+    return None
+
+
 @legal("qgraph", Q.dynamic_quantize.default)
 def dynamic(node: Node) -> str | None:
     args = operands(node)

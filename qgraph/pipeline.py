@@ -104,6 +104,15 @@ class Pass(PassBase):
     @abstractmethod
     def run(self, gm: GraphModule, ctx: Context) -> int: ...
 
+    @property
+    def models(self) -> int:
+        """How many models a loop over lockstep runs side by side, for `plan`."""
+        return 2
+
+    def workspace(self, rows: int, columns: int) -> int:
+        """Bytes that a loop over lockstep needs at a layer whose weight is [rows, columns], for `plan`."""
+        return 0
+
     def call(self, graph_module: GraphModule) -> PassResult:
         return PassResult(graph_module, self.run(graph_module, Context()) > 0)
 

@@ -1,10 +1,12 @@
 """Recipes: what is wanted. A name such as "w4a8-g128", a `Recipe` object, or a YAML file.
 
     NAME   = SCHEME { "+" STAGE }
-    SCHEME = "w" BITS "a" BITS ["kv" BITS] { "-dynamic" | "-token" | "-g" SIZE | "-sym" | "-asym" | "-tensor" }
+    SCHEME = "w" BITS "a" BITS ["kv" BITS] { "-dynamic" | "-token" | "-g" SIZE | "-sym" | "-asym" | "-tensor" | "-" CODEBOOK }
+           | "nf" BITS { "-g" SIZE }
 
-16 and 32 bits mean "stays float". "-asym" behind "-token" is about the activations: integer kernels take symmetric weights. Names in
-`ALIASES` stand for several fields. What a backend makes of a recipe (which edges, which layout) is decided by `annotate`.
+16 and 32 bits mean "stays float". CODEBOOK is "nf", "log" or "kmeans" (see codebook.py); "nf4-g64" is short for "w4a16-nf-g64". "-asym"
+behind "-token" is about the activations: integer kernels take symmetric weights. Names in `ALIASES` stand for several fields. What a
+backend makes of a recipe (which edges, which layout) is decided by `annotate`.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any, Literal
 
 import yaml
 
+from qgraph.codebook import KMEANS, LEVELS, SEARCHES, require_codebook
 from qgraph.errors import RecipeError, nearest
 from qgraph.pipeline import Pass
 from qgraph.types import Granularity, PerAxis, PerGroup, PerTensor, PerToken, QSpec
@@ -34,7 +37,8 @@ class Int:
 
     `per` is "channel" (one scale per output channel; weights), "tensor", "token" (one per row, at run time) or "group" (`group`
     neighbours along the input axis; implied by `group`). `symmetric` None: symmetric, except for groups and activations per tensor.
-    `unsigned` stores 0 .. 2**bits - 1. Raises RecipeError for a combination that has no meaning."""
+    `unsigned` stores 0 .. 2**bits - 1. With a `codebook` (see codebook.py; weights only) the integers are codes of its levels.
+    Raises RecipeError for a combination that has no meaning."""
 
     bits: int
     group: int | None = None
@@ -42,8 +46,15 @@ class Int:
     symmetric: bool | None = None
     unsigned: bool = False
     dynamic: bool = False
+    codebook: str | None = None
 
     def __post_init__(self) -> None:
+        if self.codebook is not None:
+            require_codebook(self.codebook)
+            if not 2 <= self.bits <= 6:
+                raise RecipeError(f"a codebook has 2 to 6 bits, not {self.bits}; for integers, give codebook: null")
+            if self.symmetric is not None or self.unsigned or self.dynamic or self.per == "token":
+                raise RecipeError(f"levels of codebook {self.codebook!r} are what they are: give bits and group, or per, alone")
         if self.group is not None and (not isinstance(self.group, int) or self.group < 1):
             raise RecipeError(f"group must be a positive number of elements, got {self.group!r}")
         if self.per is not None and self.per not in ("tensor", "channel", "group", "token"):
@@ -56,6 +67,8 @@ class Int:
             raise RecipeError(str(error)) from error
 
     def _spec(self, granularity: Granularity, *, symmetric: bool, dynamic: bool = False) -> QSpec:
+        if self.codebook is not None:
+            return QSpec(f"uint{self.bits}", granularity=granularity, codebook=self.codebook)
         return QSpec(f"{'u' if self.unsigned else ''}int{self.bits}", symmetric, granularity, dynamic)
 
     def weight_spec(self, *, in_axis: int, out_axis: int) -> QSpec:
@@ -69,6 +82,8 @@ class Int:
 
     def activation_spec(self) -> QSpec:
         """The spec of an activation: per tensor, per token or per group of its last axis."""
+        if self.codebook is not None:
+            raise RecipeError(f"codebook {self.codebook!r} is for weights: no kernel computes with levels of activations")
         if self.per == "channel":
             raise RecipeError("activations have no per-channel scales in integer kernels; use per='tensor' or per='token'")
         if self.group is not None:
@@ -80,16 +95,26 @@ class Int:
 
 STAGES: dict[str, str | Callable[..., Pass]] = {
     "smoothquant": "qgraph.passes.smooth_quant:SmoothQuant",
+    "awq": "qgraph.passes.awq:AWQ",
     "cle": "qgraph.passes.equalize:Equalize",
     "relax-clip": "qgraph.passes.relax_clip:RelaxClip",
     "absorb-high-bias": "qgraph.passes.absorb_high_bias:AbsorbHighBias",
     "absorb-from-moments": "qgraph.passes.absorb_high_bias:AbsorbFromMoments",
     "ranges-from-moments": "qgraph.passes.ranges_from_moments:RangesFromMoments",
     "correct-from-moments": "qgraph.passes.bias_correct:CorrectFromMoments",
+    "weigh-channels": "qgraph.passes.weigh_channels:WeighChannels",
+    "two-level": "qgraph.passes.two_level:TwoLevel",
     "reduce-range": "qgraph.passes.reduce_range:ReduceRange",
     "mixed": "qgraph.passes.mixed:Mixed",
+    "bits": "qgraph.passes.allocate_bits:AllocateBits",
     "bias-correct": "qgraph.passes.bias_correct:BiasCorrect",
+    "super-weight": "qgraph.passes.super_weight:SuperWeight",
+    "llm-int8": "qgraph.passes.split_outliers:SplitOutliers",
+    "dense-sparse": "qgraph.passes.keep_weights:KeepLargest",
+    "keep-sensitive": "qgraph.passes.keep_weights:KeepSensitive",
     "round": "qgraph.passes.round_weights:RoundWeights",
+    "gptq": "qgraph.passes.gptq:GPTQ",
+    "double-scales": "qgraph.passes.double_scales:DoubleScales",
 }
 """Stage name in a recipe -> factory of a pass whose keywords are its options, or "module:factory" that is imported when first asked for."""
 
@@ -111,6 +136,19 @@ ALIASES: dict[str, Mapping[str, Any]] = {
         "activations": {"bits": 8, "per": "token", "symmetric": False, "unsigned": True, "dynamic": True},
         "embeddings": {"bits": 8, "group": 128, "symmetric": True},
         "stages": [{"smoothquant": {"alpha": 0.5, "explicit": True}}],
+    },
+    "qoq": {
+        "weights": {"bits": 4, "group": 128},
+        "activations": {"bits": 8, "per": "token", "symmetric": True, "dynamic": True},
+        "embeddings": {"bits": 8},
+        "weight_range": "search",
+        "stages": ["awq", "two-level"],
+    },
+    "llm-int8": {
+        "weights": {"bits": 8},
+        "activations": {"bits": 8, "per": "token", "symmetric": True, "dynamic": True},
+        "embeddings": {"bits": 8, "group": 128, "symmetric": True},
+        "stages": ["llm-int8"],
     },
     "zeroquant": {
         "weights": {"bits": 8, "group": 128, "symmetric": True},
@@ -145,6 +183,11 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.weights is None and self.activations is None:
             raise RecipeError("the recipe quantizes nothing: give weights, activations or both")
+        if self.weights is not None and self.weights.codebook is not None:
+            if self.activations is not None:
+                raise RecipeError("levels of a codebook are multiplied in float: take 16 bits for activations, such as w4a16-nf-g64")
+            if self.weight_range not in SEARCHES:
+                raise RecipeError(f"weight_range of a codebook is {' or '.join(SEARCHES)}, not {self.weight_range!r}")
         if self.kv_cache is not None:
             raise RecipeError("no backend quantizes the key/value cache yet; leave kv_cache out")
         if self.observer != Recipe.observer and not self.static:
@@ -170,7 +213,7 @@ FLOAT_BITS = 16
 """How a recipe's name says "not quantized"."""
 
 _SCHEME = re.compile(r"w(\d+)a(\d+)(?:kv(\d+))?((?:-[a-z0-9]+)*)")
-_SUFFIXES = ("dynamic", "token", "g<SIZE>", "sym", "asym", "tensor")
+_SUFFIXES = ("dynamic", "token", "g<SIZE>", "sym", "asym", "tensor", "nf", "log", "kmeans")
 NAMES = ("w8a8", "w8a8-dynamic", "w8a8-token-asym", "w8a8-encoder", "w8a16", "w4a16-g128", "w4a8-g128")
 """The recipes that the README and the CLI list; any other NAME of the grammar works as well."""
 
@@ -185,7 +228,7 @@ def named(name: str) -> Recipe:
     if scheme in ALIASES:
         found = from_dict({**ALIASES[scheme], "name": name})
         return dataclasses.replace(found, stages=(*found.stages, *map(_stage, stages)))
-    m = _SCHEME.fullmatch(scheme)
+    m = _SCHEME.fullmatch(re.sub(r"^nf(\d)", r"w\1a16-nf", scheme))
     if not m:
         raise RecipeError(f"unknown recipe {name!r}{nearest(name, (*NAMES, *ALIASES))}")
     w, a, kv = (FLOAT_BITS if bits == 32 else bits for bits in (int(x or FLOAT_BITS) for x in m.groups()[:3]))
@@ -193,13 +236,14 @@ def named(name: str) -> Recipe:
     symmetric, group, per = options.get("symmetric"), options.get("group"), options.get("per")
     if options.get("token") and group is None:
         symmetric = None
-    weights = None if w == FLOAT_BITS else Int(w, group=group, symmetric=symmetric, per=per)
+    weights = None if w == FLOAT_BITS else Int(w, group=group, symmetric=symmetric, per=per, codebook=options.get("codebook"))
     return Recipe(
         weights=weights,
         activations=None if a == FLOAT_BITS else _activations(a, group, options),
         kv_cache=None if kv == FLOAT_BITS else Int(kv),
         embeddings=None if weights is None else EMBEDDINGS,
         stages=tuple(_stage(s) for s in stages),
+        weight_range="search" if weights is not None and weights.bits < 8 else "minmax",
         name=name,
     )
 
@@ -215,6 +259,8 @@ def _suffixes(name: str, text: str) -> dict[str, Any]:
             found["symmetric"] = suffix == "sym"
         elif suffix == "tensor":
             found["per"] = "tensor"
+        elif suffix in (*LEVELS, KMEANS):
+            found["codebook"] = suffix
         else:
             raise RecipeError(f"recipe {name!r}: unknown suffix -{suffix}{nearest(*_meant(name, suffix))}")
     return found

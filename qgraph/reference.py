@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qgraph.parts import in_parts
 from qgraph.qparams import minmax, scale_shape, zero_point_of
 from qgraph.types import int_range, storage
 
@@ -69,12 +70,14 @@ def _centred(q: Tensor, zero_point: Tensor | None) -> Tensor:
     return wide if zero_point is None else wide - zero_point.to(torch.float32)
 
 
+@in_parts
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: str, axis: int | None = None, group: int = 0) -> Tensor:
     """saturate(round_half_even(x / scale) + zero_point): float x of any shape -> integers of x's shape in storage(dtype)."""
     s, z = _spread_pair(scale, zero_point, x, axis, group)
     return _grid(x, s, z, dtype).to(storage(dtype))
 
 
+@in_parts
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: str, axis: int | None = None, group: int = 0) -> Tensor:
     """(q - zero_point) * scale in float32, rounded once to scale's float type. `dtype` says which integers q holds; the
     result does not depend on it."""
@@ -82,11 +85,65 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: str, 
     return (_centred(q, z) * s.to(torch.float32)).to(scale.dtype)
 
 
+@in_parts
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: str, axis: int | None = None, group: int = 0) -> Tensor:
     """dequantize(quantize(x)) with the float32 product rounded once to x's float type (so equal to the two ops when x and
     scale have the same type). Its gradient for x is straight through inside the range, 0 where x saturates; scale gets none."""
     s, z = _spread_pair(scale, zero_point, x, axis, group)
     return (_centred(_grid(x, s, z, dtype), z) * s.to(torch.float32)).to(x.dtype)
+
+
+def midpoints(table: Tensor) -> Tensor:
+    """[..., L] ascending levels -> [..., L - 1]: where the next level becomes the nearer one."""
+    wide = table.to(torch.float32)
+    return ((wide[..., 1:] + wide[..., :-1]) / 2).contiguous()
+
+
+def _by_table(x: Tensor, table: Tensor, axis: int | None) -> Tensor:
+    """x as [n, m], row i looked up in row i of the table. Raises ValueError when the table has other rows."""
+    if axis is None or table.shape != (x.shape[axis], table.shape[-1]):
+        raise ValueError(f"a table of shape {list(table.shape)} does not fit {list(x.shape)} at table_axis={axis}")
+    return x.movedim(axis, 0).reshape(x.shape[axis], -1)
+
+
+def _from_table(rows: Tensor, x: Tensor, axis: int) -> Tensor:
+    return rows.reshape(x.movedim(axis, 0).shape).movedim(0, axis).contiguous()
+
+
+def encode(
+    x: Tensor, table: Tensor, scale: Tensor | None, table_axis: int | None = None, axis: int | None = None, group: int = 0
+) -> Tensor:
+    """The codes, uint8, of the levels nearest to x / scale in float32; the lower one of two as near.
+
+    `table` [L], L <= 256, ascending, for all of x, or [n, L] with a row per index of `table_axis`; scale None: 1."""
+    wide = x.to(torch.float32)
+    if scale is not None:
+        wide = wide / spread(scale, x, axis, group).to(torch.float32)
+    if table.dim() == 1:
+        return torch.searchsorted(midpoints(table), wide.contiguous(), out_int32=True).to(torch.uint8)
+    found = torch.searchsorted(midpoints(table), _by_table(wide, table, table_axis).contiguous(), out_int32=True)
+    return _from_table(found.to(torch.uint8), x, table_axis or 0)
+
+
+def lookup(
+    q: Tensor, table: Tensor, scale: Tensor | None, table_axis: int | None = None, axis: int | None = None, group: int = 0
+) -> Tensor:
+    """table[q] * scale in float32, rounded once to table's float type; see `encode` for the operands."""
+    wide = table.to(torch.float32)
+    if table.dim() == 1:
+        value = wide[q.to(torch.int32)]
+    else:
+        value = _from_table(wide.gather(1, _by_table(q, table, table_axis).to(torch.int64)), q, table_axis or 0)
+    if scale is not None:
+        value = value * spread(scale, q, axis, group).to(torch.float32)
+    return value.to(table.dtype)
+
+
+def fake_lookup(
+    x: Tensor, table: Tensor, scale: Tensor | None, table_axis: int | None = None, axis: int | None = None, group: int = 0
+) -> Tensor:
+    """lookup(encode(x)), the nearest level; its gradient for x is straight through, the others have none."""
+    return lookup(encode(x, table, scale, table_axis, axis, group), table, scale, table_axis, axis, group)
 
 
 def inside(x: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: str, axis: int | None, group: int) -> Tensor:

@@ -52,15 +52,10 @@ class Regions:
 
     # --- the followers --------------------------------------------------------------
 
-    def kind_in(self, table: Mapping[type, frozenset[str]], node: Node) -> bool:
-        v = view_any(table, node)
-        kinds = table[type(v)] if v is not None else frozenset()
-        return kinds == ALL or getattr(v, "kind", "") in kinds
-
     def operands(self, node: Node) -> Operands | None:
         """Operands of an operation that may follow in integers, else None."""
         tables = (self.placement.follow, self.placement.share)
-        if node in self.inputs or not any(self.kind_in(t, node) for t in tables) or self.excluded(node):
+        if node in self.inputs or not any(kind_in(t, node) for t in tables) or self.excluded(node):
             return None
         v = view_any([i for t in tables for i in t], node)
         found = tuple(v.inputs) if hasattr(v, "inputs") else (v.x,)
@@ -72,7 +67,7 @@ class Regions:
         return found if plain else None
 
     def tail(self, node: Node) -> Node:
-        if self.kind_in(self.placement.share, node):
+        if kind_in(self.placement.share, node):
             return node
         while len(node.users) == 1:
             (user,) = node.users
@@ -151,7 +146,7 @@ class Regions:
             return v
 
         for node, operands in self.followers.items():
-            if self.kind_in(self.placement.share, node):
+            if kind_in(self.placement.share, node):
                 for i in operands:
                     parent[find(i)] = find(self.tails[node])
         found: dict[Node, list[Node]] = {}
@@ -167,6 +162,13 @@ class Regions:
             a, b = sorted(f"{spec} at {path_of(u)}" for spec, u in wanted.items())[:2]
             raise RecipeError(f"values that must share one scale are wanted as {a} and as {b}; give these operations one format")
         return next(iter(wanted), self.default)
+
+
+def kind_in(table: Mapping[type, frozenset[str]], node: Node) -> bool:
+    """The node has an interface of the table (`Placement.follow`, `share`), and one of its kinds."""
+    v = view_any(table, node)
+    kinds = table[type(v)] if v is not None else frozenset()
+    return kinds == ALL or getattr(v, "kind", "") in kinds
 
 
 def _movement(node: Node) -> DataMovement:

@@ -55,6 +55,9 @@ def sensitivity(
     if effect is None:
         return found
     effects = Effects(quantized, data)
-    lost = effects.alone if effect == "alone" else effects.others
-    measured = {place: decibel(1.0, lost(place)) for place in effects.sites}
+    if effect == "alone":
+        lost = {place: shares[None] for place, shares in effects.alone().items()}
+    else:
+        lost = {place: effects.others(place) for place in effects.sites}
+    measured = {place: decibel(1.0, share) for place, share in lost.items()}
     return ordered(replace(row, effect=measured.get(row.place)) for row in found)

@@ -86,7 +86,7 @@ def replayable(batches: Iterable[Any] | None, asked_by: str) -> Iterable[Any]:
 
 def _run(runner: Runner, feeds: Iterator[tuple[str, list[Any]]], *, total: int | None, label: str, show: bool | None) -> Calibration:
     count = samples = 0
-    with _bar(total, label, show) as advance:
+    with bar(total, label, show) as advance:
         for where, args in feeds:
             size = next((len(x) for x in args if isinstance(x, Tensor) and x.dim()), 1)
             try:
@@ -99,12 +99,13 @@ def _run(runner: Runner, feeds: Iterator[tuple[str, list[Any]]], *, total: int |
 
 
 @contextmanager
-def _bar(total: int | None, label: str, show: bool | None) -> Iterator[Any]:
-    """Batches done, samples per second, time left; on stderr, where it does not mix with results."""
+def bar(total: int | None, label: str, show: bool | None, *, unit: str = "batches", rate: str = "samples") -> Iterator[Any]:
+    """Batches done, samples per second, time left; on stderr, where it does not mix with results. Yields a function that one batch with
+    its samples so far is told to."""
     if not (sys.stderr.isatty() if show is None else show):
         yield lambda samples: None
         return
-    done = TextColumn(label), BarColumn(), MofNCompleteColumn(), TextColumn("batches"), TextColumn("{task.fields[rate]}")
+    done = TextColumn(label), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TextColumn("{task.fields[rate]}")
     left = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
     console = Console(stderr=True)
     with Progress(*done, *left, console=console, transient=console.is_terminal) as bar:
@@ -112,6 +113,6 @@ def _bar(total: int | None, label: str, show: bool | None) -> Iterator[Any]:
 
         def advance(samples: int) -> None:
             seconds = bar.tasks[0].elapsed or 0
-            bar.update(task, advance=1, rate=f"{samples / seconds:.1f} samples/s" if seconds else "")
+            bar.update(task, advance=1, rate=f"{samples / seconds:.1f} {rate}/s" if seconds else "")
 
         yield advance

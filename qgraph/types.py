@@ -108,7 +108,8 @@ class QSpec:
     """Numbers only: integer type, zero point policy, granularity, and whether scales come from the data at run time.
 
     `dtype` is "int2" .. "int16" or "uint2" .. "uint16". Symmetric means that the zero point is the middle of the
-    type (0, or 2**(bits-1) for unsigned) and that the range is +-(2**(bits-1) - 1) around it.
+    type (0, or 2**(bits-1) for unsigned) and that the range is +-(2**(bits-1) - 1) around it. With a `codebook`, the name of a table of
+    levels (see codebook.py), the integers are codes, "uint2" .. "uint6": the value is table[code], times the scale.
     Raises ValueError for a combination that has no meaning.
     """
 
@@ -116,6 +117,7 @@ class QSpec:
     symmetric: bool = True
     granularity: Granularity = PerTensor()
     dynamic: bool = False
+    codebook: str | None = None
 
     def __post_init__(self) -> None:
         m = _DTYPE.fullmatch(self.dtype)
@@ -125,6 +127,8 @@ class QSpec:
             raise ValueError("per-token scales exist only at run time: QSpec(granularity=PerToken(), dynamic=True)")
         if self.dynamic and isinstance(self.granularity, PerAxis):
             raise ValueError("dynamic scales are per tensor, per token or per group, not per axis")
+        if self.codebook is not None and (self.signed or self.bits > 6 or not self.symmetric or self.dynamic):
+            raise ValueError(f"codes of a codebook are symmetric uint2 to uint6, and never dynamic, got {self.dtype!r}")
 
     @property
     def bits(self) -> int:
@@ -165,6 +169,8 @@ class QSpec:
             per = f"per axis {self.granularity.axis}"
         elif isinstance(self.granularity, PerGroup):
             per = f"per group of {self.granularity.size} along axis {self.granularity.axis}"
+        if self.codebook is not None:
+            return f"{self.codebook}{self.bits} {per}"
         return f"{self.dtype} {'sym' if self.symmetric else 'asym'} {per}{' dynamic' if self.dynamic else ''}"
 
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch.fx import Node
 
+from qgraph.spill import release
 from qgraph.types import Granularity, PerAxis, PerGroup, PerTensor, PerToken, attribute
 
 I = TypeVar("I")
@@ -238,6 +239,30 @@ class DynamicQuantize:
     group: int
 
 
+@dataclass(frozen=True)
+class Lookup:
+    """table[q] * scale: codes q stand for the levels of a table [L], or [n, L] with one row per index of `table_axis` of q."""
+
+    q: Node
+    table: Node
+    scale: Node | None
+    table_axis: int | None
+    axis: int | None
+    group: int
+
+
+@dataclass(frozen=True)
+class FakeLookup:
+    """The level times scale that is nearest to x."""
+
+    x: Node
+    table: Node
+    scale: Node | None
+    table_axis: int | None
+    axis: int | None
+    group: int
+
+
 def granularity(axis: int | None, group: int) -> Granularity:
     """The inverse of QSpec.axis, QSpec.group."""
     if axis is None:
@@ -313,5 +338,6 @@ def const_value(node: Any) -> torch.Tensor | None:
     """The tensor behind a constant node (not copied, possibly memory-mapped: never write to it), else None."""
     if not is_const(node):
         return None
+    release()  # of mapped ones, that before has been read
     value = attribute(node)
     return value.detach() if isinstance(value, torch.Tensor) else None

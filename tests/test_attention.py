@@ -79,6 +79,19 @@ def test_a_transposition_joined_with_the_split_of_heads_is_told():
     assert_same_attention(gm, found, Q, keys, V)
 
 
+CLEARED = "p = Softmax (c) n = IsNaN (p) w = Where (n, none, p)"
+
+
+def test_rows_that_a_mask_blocks_wholly_may_be_cleared():
+    """where(isnan(p), 0, p), as exporters write the products of torch, which makes zeros of such rows."""
+    body = f"t = Transpose <perm = [0,1,3,2]> (k) a = MatMul (q, t) b = Mul (s, a) c = Add (b, m) {CLEARED} y = MatMul (w, v)"
+    gm = onnx(body, constants=f"{CONSTANTS}, float none = {{0}}")
+    (found,) = find(gm)
+    assert [n.target.op_type for n in found.nodes] == ["Transpose", "MatMul", "Mul", "Add", "Softmax", "IsNaN", "Where", "MatMul"]
+    assert_same_attention(gm, found, Q, K, V, MASK)
+    assert not find(onnx(body, constants=f"{CONSTANTS}, float none = {{1}}"))
+
+
 def test_keys_that_come_transposed_are_taken_as_they_are():
     text = """<ir_version: 9, opset_import: ["": 20]> g (float[2,3,5,4] q, float[2,3,4,5] k, float[2,3,5,4] v) => (float[2,3,5,4] y) {
         a = MatMul (q, k) p = Softmax (a) y = MatMul (p, v) }"""

@@ -32,6 +32,7 @@ def cost(program, args) -> float:
 @pytest.fixture(autouse=True)
 def two_calibrators(monkeypatch):
     monkeypatch.setattr(search, "CALIBRATORS", (("observer=percentile", "observer_options.percentile=99.9"),))
+    monkeypatch.setattr(search, "SMOOTHING", ())
     monkeypatch.setattr(search, "CORRECTIONS", ())
 
 
@@ -64,14 +65,13 @@ def test_the_fastest_within_the_budget_is_chosen_and_keeps_it(origin):
 
 
 @ORIGINS
-def test_only_the_sensitive_operation_goes_back(origin):
+def test_only_the_sensitive_operation_goes_back_to_float(origin):
     model, example = outlier.MODELS[origin]
     gm = run(model, example, max_drop=0.005, candidates=("w8a8",))
     found = tradeoff(gm)
-    assert found.chosen.candidate.back == 1
     assert found.chosen.ratio == pytest.approx(0.6)
-    rule = found.chosen.candidate.overrides[-1]
-    assert rule.startswith(f"rules.{outlier.SENSITIVE}") and rule.endswith("=null")
+    (rule,) = (o for o in found.chosen.candidate.overrides if o.endswith("=null"))
+    assert rule.startswith(f"rules.{outlier.SENSITIVE}")
     floats = {e.node for e in gm.meta["qgraph"].ledger if e.role == "weight" and not e.quantized}
     assert len(floats) == 1 and floats.pop().startswith(outlier.SENSITIVE)
 
@@ -81,6 +81,34 @@ def test_a_correction_is_tried_before_operations_go_back(monkeypatch):
     found = tradeoff(run(outlier.proto(), max_drop=0.005, candidates=("w8a8",)))
     assert [t.candidate.name for t in found] == ["w8a8", "w8a8", "w8a8+mixed"]
     assert found.chosen is found.trials[-1] and found.chosen.ratio == pytest.approx(0.6)
+
+
+SMOOTHING = tuple((f"stages=[{{smoothquant: {{alpha: {alpha}, explicit: true}}}}]",) for alpha in (1.0, 0.9, 0.8))
+
+
+@ORIGINS
+def test_static_ranges_behind_smoothing_are_a_family_of_encoders(origin, monkeypatch):
+    monkeypatch.setattr(search, "SMOOTHING", SMOOTHING)
+    model, example = outlier.MODELS[origin]
+    found = tradeoff(run(model, example, max_drop=0.015, candidates=("w8a8",)))
+    assert found.chosen.candidate.overrides == SMOOTHING[1] and found.chosen.ratio == pytest.approx(0.4)
+    assert [t.candidate.overrides for t in found][-2:] == [*SMOOTHING[:2]], "the third is not needed"
+
+
+def test_corrections_come_behind_the_smoothing_and_none_of_them_twice(monkeypatch):
+    monkeypatch.setattr(search, "SMOOTHING", SMOOTHING[1:2])
+    monkeypatch.setattr(search, "CORRECTIONS", ("smoothquant", "round", "bias-correct"))
+    found = tradeoff(run(outlier.proto(), max_drop=1e-4, candidates=("w8a8",)))
+    tried = [(t.candidate.name, *t.candidate.overrides) for t in found if not t.candidate.back]
+    (smoothed,) = SMOOTHING[1]
+    assert ("w8a8", smoothed.replace("]", ", round]")) in tried and "w8a8+round" in [name for name, *_ in tried]
+    assert not any("smoothquant" in name for name, *_ in tried) and len(tried) == len(set(tried))
+
+
+def test_convolutional_networks_are_not_smoothed():
+    assert not search._mostly_linear(
+        qgraph.capture(torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Flatten(), torch.nn.Linear(2, 2)), (torch.rand(1, 1, 3, 3),))
+    )
 
 
 def test_the_chosen_candidate_is_a_recipe_that_can_be_used_again():
@@ -130,15 +158,18 @@ class Counting:
         return float(-y.abs().mean().log2())
 
 
+THREE = ("w8a8", "w8a8-dynamic", "w8a8-token-asym")
+
+
 def test_a_search_goes_on_where_it_was_interrupted(tmp_path):
     file = tmp_path / "trials.json"
     with pytest.raises(KeyboardInterrupt):
-        run(outlier.proto(), metric=Counting(stop=3), max_drop=9.0, resume=file)
+        run(outlier.proto(), metric=Counting(stop=3), max_drop=9.0, resume=file, candidates=THREE)
     again = Counting()
-    first = tradeoff(run(outlier.proto(), metric=again, max_drop=9.0, resume=file))
+    first = tradeoff(run(outlier.proto(), metric=again, max_drop=9.0, resume=file, candidates=THREE))
     assert again.calls == 1 + 2  # the float model, and the two trials of three that were not done
     third = Counting()
-    second = tradeoff(run(outlier.proto(), metric=third, max_drop=9.0, resume=file))
+    second = tradeoff(run(outlier.proto(), metric=third, max_drop=9.0, resume=file, candidates=THREE))
     assert third.calls == 1
     assert str(second) == str(first) and len(first.trials) == 3
     assert [p.name for p in tmp_path.iterdir()] == ["trials.json"]

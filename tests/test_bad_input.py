@@ -187,7 +187,7 @@ def test_a_calibration_set_that_cannot_be_read_is_refused(tmp_path, make):
 
 
 BAD_OPTIONS = {
-    "an unknown recipe": (("--recipe", "int8"), "unknown recipe 'int8'.*w8a8"),
+    "an unknown recipe": (("--recipe", "int8"), "unknown recipe 'int8'.*llm-int8"),
     "an unknown recipe suffix": (("--recipe", "w8a8-dynamc"), "w8a8-dynamc.*dynamic"),
     "a recipe without meaning": (("--recipe", "w16a16"), "quantizes nothing"),
     "a missing recipe file": (("--recipe", "none.yaml"), "none.yaml.*No such file"),

@@ -131,7 +131,7 @@ def test_nested_keyword_inputs_and_a_dataclass_of_outputs() -> None:
     a, b, c, d = torch.randn(3, 4), torch.randn(4, 5), torch.randn(3, 4), torch.randn(3, 4)
     dynamic = {"batch": {"a": {0: BATCH}, "b": None}, "pair": ({0: BATCH}, {0: BATCH}), "flag": None}
     gm = capture(module, {"pair": (c, d), "flag": False, "batch": {"a": a, "b": b}}, dynamic)
-    assert state(gm).input_names == ("batch_a", "batch_b", "pair_0", "pair_1", "flag")
+    assert state(gm).input_names == ("batch.a", "batch.b", "pair.0", "pair.1", "flag")
     assert state(gm).output_names == ("logits", "hidden")
     assert list(state(gm).dim_names.values()) == ["batch"]
     a, c, d = torch.randn(7, 4), torch.randn(7, 4), torch.randn(7, 4)

@@ -178,3 +178,11 @@ def test_sizes_include_external_data(tmp_path):
     result = run("quantize", tmp_path / "float.onnx", "-o", tmp_path / "w8.onnx", "--recipe", "w8a16", "--json")
     files = [p.stat().st_size for p in tmp_path.iterdir() if p.name != "w8.onnx"]
     assert len(files) == 2 and json.loads(result.stdout)["source_bytes"] == sum(files)
+
+
+def test_a_target_that_saturates_gets_exact_sums(files):
+    for name in ("x86-vnni", "x86-avx2"):
+        arguments = ["quantize", files / "float.onnx", "-o", files / f"{name}.onnx", "--recipe", "w8a8-dynamic", "--target", name]
+        assert ("exact on x86-vnni, x86-avx2" in run(*arguments).stdout) == (name == "x86-avx2")
+    failed = run("quantize", files / "float.onnx", "-o", files / "x.onnx", "--target", "haswell", status=1)
+    assert failed.stderr.startswith("error: unknown target 'haswell'; known: arm64-dot, x86-avx2, x86-vnni")

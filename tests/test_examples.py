@@ -11,12 +11,14 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SHOWS = {
     "bert_ablation.py": ("MiniLM", "W8A32", "ZeroQuant"),
+    "generate.py": ("--- float", "--- w4a16-g32, 0.1 MB", "for a prompt of 30 tokens, then"),
     "quantize_torch.py": ("onnxruntime  accuracy", "QLinearConv"),
     "quantize_onnx.py": ("rule 'head'", "SQNR", "MatMulInteger"),
     "torch_compile.py": ("w8a8-dynamic   relative error", "w8a16          relative error"),
     "write_a_backend.py": ("became='packed', fused=True", "relative error"),
     "write_a_pass.py": ("merge_linears: 1 changes", "@merged", "merge declined at 4: the first layer has a bias"),
 }
+ARGUMENTS = {"generate.py": ("--tiny", "--tokens", "8")}
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +28,7 @@ def run(tmp_path_factory):
     @cache
     def printed(name: str) -> str:
         environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)}
-        command, folder = [sys.executable, str(EXAMPLES / name)], tmp_path_factory.mktemp("example")
+        command, folder = [sys.executable, str(EXAMPLES / name), *ARGUMENTS.get(name, ())], tmp_path_factory.mktemp("example")
         result = subprocess.run(command, check=False, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr
         return result.stdout

@@ -6,7 +6,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qgraph.hessian import Grid, cost, round_rows
+from qgraph.hessian import Grid, best_rows, damped, lattice
+from qgraph.hessian import round_rows as rounded
+
+
+def cost(error, h):
+    return ((error @ h) * error).sum(-1)
+
+
+def round_rows(w, h, grid, *, damp=0.01, block=64):
+    on = lattice(h, damp)
+    assert on is not None
+    return rounded(w, on, grid, block=block)
 
 
 def problem(seed, groups=3, rows=4, columns=6, points=40):
@@ -25,7 +36,7 @@ def test_rounded_rows_lie_on_the_grid_and_are_never_worse_than_the_nearest(seed:
     w, h, grid = problem(seed, columns=columns, points=points)
     found = round_rows(w, h, grid, block=4)
     torch.testing.assert_close(found, grid.nearest(found))
-    assert bool((cost(found - w, h) <= cost(grid.nearest(w) - w, h) + 1e-12).all())
+    assert bool((cost(found - w, damped(h, 0.01)) <= cost(grid.nearest(w) - w, damped(h, 0.01)) + 1e-12).all())
 
 
 def test_correlated_columns_gain_much() -> None:
@@ -70,3 +81,25 @@ def test_the_numbers_are_those_of_gptq_on_the_inverse() -> None:
     better = cost(want - w, h) <= cost(grid.nearest(w) - w, h)
     torch.testing.assert_close(round_rows(w, h, grid, block=3)[better], want[None][better])
     assert bool(better.any())
+
+
+def test_best_rows_solve_the_normal_equations_of_output_and_drift() -> None:
+    w, h, _ = problem(2, columns=5)
+    drift = torch.randn(3, 4, 5, dtype=torch.float64)
+    on = lattice(h, 1e-9)
+    assert on is not None
+    torch.testing.assert_close((best_rows(w, drift, on) - w) @ h, drift, rtol=1e-5, atol=1e-5)
+
+
+def test_more_damping_is_taken_where_the_moments_are_not_positive_definite_and_none_where_they_are_not_finite() -> None:
+    h = torch.diag_embed(torch.tensor([[1.0, 1.0, -0.05]]))
+    on = lattice(h, 0.01)
+    assert on is not None and abs(on.damp - 0.1) < 1e-9
+    assert lattice(h * torch.nan) is None
+    assert lattice(-torch.eye(3)[None]) is None
+
+
+def test_float64_serves_where_float32_is_not_enough() -> None:
+    x = torch.tensor([[1.0, 1.0 + 1e-7, 1.0 - 1e-7]])
+    on = lattice((x.mT @ x)[None], 1e-9)
+    assert on is not None and on.damp < 1

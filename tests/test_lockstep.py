@@ -6,8 +6,11 @@ import torch
 import qgraph
 from qgraph.errors import CalibrationError
 from qgraph.layers import layers
-from qgraph.lockstep import MERGED, lockstep
+from qgraph.lockstep import MERGED, lockstep, together
 from qgraph.pipeline import Context
+from qgraph.spill import is_mapped, size
+from qgraph.text import path_of
+from tests.decoder import decoder, ids
 from tests.simulated import ConvNet, images, simulated
 from tests.small import mlp_proto, samples
 
@@ -130,6 +133,53 @@ def test_samples_are_spread_over_the_data_and_bounded() -> None:
     inputs = [row[None] for x, _ in at.values(sites[at.node].view.x) for row in x]
     positions = sorted(next(i for i, (b,) in enumerate(batches) if torch.equal(b, x)) for x in inputs)
     assert len(positions) == 4 and positions[0] < 10 and positions[-1] >= 20
+
+
+def test_sites_that_read_one_value_are_one_stop(tmp_path) -> None:
+    graph, batches, sites = decoding(tmp_path)
+    groups = together(sites, lambda node: sites[node].view.x)
+    names = [[path_of(n) for n in at.nodes] for at in lockstep(graph, groups, batches, samples=None)]
+    assert names[:5] == [["b0.q", "b0.k", "b0.v"], ["b0.o"], ["b0.gate", "b0.up"], ["b0.down"], ["b1.q", "b1.k", "b1.v"]]
+    assert names[-1] == ["head"] and len(names) == 9
+
+
+def test_without_a_float_model_the_quantized_one_is_the_same(tmp_path) -> None:
+    graph, batches, sites = decoding(tmp_path)
+    for both, alone in zip(lockstep(graph, sites, batches), lockstep(graph, sites, batches, reference=False), strict=True):
+        x = sites[both.node].view.x
+        values = rows_of(torch.cat([y.flatten(0, 1) for _, y in both.values(x)]))
+        assert values == rows_of(torch.cat([y.flatten(0, 1) for y in alone.inputs(x)]))
+        assert values == rows_of(torch.cat([y.flatten(0, 1) for y in both.inputs(x)]))
+        assert len(alone.envs[0]) == 1
+
+
+def test_all_samples_are_seen_and_what_memory_does_not_hold_lies_in_files(tmp_path) -> None:
+    graph, batches, sites = decoding(tmp_path, count=70)
+    seen = {}
+    for budget in (2**28, 10_000):
+        seen[budget] = []
+        for at in lockstep(graph, sites, batches, samples=None, budget=budget, reference=False):
+            x = sites[at.node].view.x
+            values = list(at.inputs(x))
+            held = sum(size(v) for v in values if not is_mapped(v))
+            assert held <= budget and (budget == 2**28) == (held == sum(map(size, values)))
+            seen[budget].append(torch.cat([v.flatten(0, 1) for v in values]))
+        assert {len(v) for v in seen[budget]} == {70 * 16}
+    assert all(torch.equal(a, b) for a, b in zip(*seen.values(), strict=True))
+
+
+def test_long_windows_are_not_merged(tmp_path) -> None:
+    graph, _, sites = decoding(tmp_path)
+    for length, merged in ((16, 4), (1500, 2), (3000, 1)):
+        at = next(lockstep(graph, list(sites)[:1], ids(4, length), samples=None, reference=False))
+        assert {len(x) for x in at.inputs(sites[at.node].view.x)} == {merged}
+
+
+def decoding(folder, count=6):
+    """A quantized decoder, windows for it, and its layers."""
+    batches = ids(count, 16)
+    graph = simulated(decoder(folder), batches, "w4a16-g32")
+    return graph, batches, layers(graph, Context(), by="test", biases=False)
 
 
 def test_no_data_is_an_error() -> None:

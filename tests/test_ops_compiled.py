@@ -94,11 +94,14 @@ def test_fake_quantize_trains_under_compile() -> None:
 
 
 e = example()
+LEVELS = torch.tensor([-0.5, 0.0, 0.7])
 CALLS = {
     "quantize": (e["x"], e["scale"], e["zero"], "uint8"),
     "dequantize": (e["w"], e["w_scale"], None, "int8", 0),
     "fake_quantize": (e["x"].requires_grad_(), e["scale"], e["zero"], "uint8"),
     "dynamic_quantize": (e["x"].detach(), "uint8", False, 1, 4),
+    "lookup": (e["w"].clamp(0, 2).to(torch.uint8), LEVELS, e["w_scale"], None, 0),
+    "fake_lookup": (e["x"].detach().requires_grad_(), LEVELS.expand(len(e["x"]), 3), None, 0),
     "dequant_linear": (e["x"].detach().requires_grad_(), e["w"], e["w_scale"], None, e["bias"], "int8"),
     "quantized_linear": (
         e["w"][:2],

@@ -10,8 +10,9 @@ import qgraph
 
 NAMES = """
 CalibrationError CaptureError Int LoweringError ModelError PerAxis PerGroup PerTensor PerToken Pipeline QGraphError QSpec Recipe
-RecipeError TensorType VerificationError calibrate capture convert diff export from_onnx implements load_batches load_recipe lower
-prepare quantize register_backend register_observer register_stage save_onnx sensitivity text to_onnx torch_backend view
+RecipeError TensorType VerificationError calibrate capture convert diff export from_checkpoint from_onnx implements load_batches
+load_checkpoint load_recipe lower perplexity plan prepare quantize register_backend register_observer register_stage save_checkpoint save_onnx
+sensitivity text to_onnx torch_backend view
 """.split()
 
 
@@ -30,7 +31,7 @@ def test_an_unknown_name_is_an_attribute_error():
         _ = qgraph.quantise
 
 
-@pytest.mark.parametrize("name", ["calibrate", "capture", "sensitivity", "text"])
+@pytest.mark.parametrize("name", ["calibrate", "capture", "perplexity", "sensitivity", "text"])
 def test_a_function_is_not_hidden_by_the_module_of_its_name(name):
     module = importlib.import_module(f"qgraph.{name}")
     assert getattr(qgraph, name) is getattr(module, name)

@@ -116,7 +116,7 @@ def test_an_effect_sorts_the_rows():
     found = table("onnx", effect="alone")
     assert [r.effect for r in found] == sorted(r.effect for r in found)
     effects = Effects(quantized("onnx"), BATCHES)
-    assert {place: decibel(1.0, effects.alone(place)) for place in effects.sites} == {r.place: r.effect for r in found}
+    assert {place: decibel(1.0, shares[None]) for place, shares in effects.alone().items()} == {r.place: r.effect for r in found}
 
 
 def test_batches_may_be_cut_in_any_way():

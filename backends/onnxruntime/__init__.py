@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch.fx import GraphModule
 
@@ -14,24 +14,37 @@ from qgraph.backends.onnxruntime.placement import PAYING
 from qgraph.backends.onnxruntime.runtime import Options
 from qgraph.backends.onnxruntime.session import Program, Structure, build
 from qgraph.backends.onnxruntime.standard import LOWER, lowers
+from qgraph.edit import graph_modules
 from qgraph.errors import LoweringError
 from qgraph.ledger import state
 from qgraph.pipeline import Context, Pass, Pipeline
+from qgraph.saturation import accumulator
 from qgraph.text import where
 from qgraph.types import type_of
 
 __all__ = ["LEGALIZE", "LOWER", "OnnxRuntime", "Program", "lowers"]
 
 
+LARGE = 2**30
+"""Bytes of constants from which a model that is only written is not loaded in full."""
+
+
 @dataclass(frozen=True)
 class OnnxRuntime:
-    """`passes` run in order and leave pure ONNX; `entries` are session configuration entries, `threads` those of one operator."""
+    """`passes` run in order and leave pure ONNX; `entries` are session configuration entries, `threads` those of one operator.
+
+    `target` is the machine on which sums have to be exact (saturation.TARGETS): on x86-avx2 `prepare` adds the stage reduce-range. The
+    costs behind `placement` are those of a machine with VNNI. Raises RecipeError for an unknown target."""
 
     name: str = "onnxruntime"
     placement: Placement = PAYING
     passes: tuple[Pass, ...] = LEGALIZE
     threads: int | None = None
     entries: Mapping[str, str] = field(default_factory=dict)
+    target: str = "x86-vnni"
+
+    def __post_init__(self) -> None:
+        accumulator(self.target)
 
     def lower(self, gm: GraphModule, *, strict: bool = False, optimized: bool = True) -> Program:
         """A converted graph as a program. `gm` is consumed: passes change it.
@@ -64,8 +77,12 @@ class OnnxRuntime:
     def export(self, gm: GraphModule, path: str | os.PathLike[str], *, strict: bool = False) -> None:
         """Write the lowered graph as an ONNX file that the ONNX checker accepts and ONNX Runtime has loaded. `gm` is consumed.
 
+        A large model is loaded without optimizations, since ONNX Runtime folds its 16-bit floats to 32 bits in memory.
         Raises LoweringError; nothing is written then."""
-        self.lower(gm, strict=strict).save(path)
+        stored = sum(t.numel() * t.element_size() for part in graph_modules(gm) for t in (*part.parameters(), *part.buffers()))
+        # It is loaded to see that it can be: weights that are packed for running would be in memory once more.
+        checked = replace(self, entries={**self.entries, "session.disable_prepacking": "1"})
+        checked.lower(gm, strict=strict, optimized=stored < LARGE).save(path)
 
 
 def check_kernels(found: list[Kernel]) -> None:

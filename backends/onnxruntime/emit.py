@@ -20,6 +20,7 @@ from qgraph.types import TensorType, type_of
 
 MICROSOFT = "com.microsoft"
 FLOAT = int(ir.DataType.FLOAT)
+INT8 = int(ir.DataType.INT8)
 
 
 NEEDS = "onnxruntime.opsets"

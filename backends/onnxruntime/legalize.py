@@ -1,7 +1,8 @@
 """Passes that turn an onnx-dialect graph with qg ops into what ONNX Runtime's CPU provider fuses (see backends/README.md for the table).
 
     open_fused -> whole_ops -> modernize -> fuse_attention -> fold_pad -> absorb_activation -> turn_weights -> widen_half
-    -> claim_kernels -> multiply_out_weights -> quantize_biases -> lower_qg_ops -> shield_float -> keep_apart -> merge_equal
+    -> store_sparse -> claim_kernels -> multiply_out_weights -> quantize_biases -> lower_qg_ops -> shield_float -> keep_apart
+    -> share_tables -> factor_scales -> merge_equal
 
 Every pass is usable alone; after the last one no qg op is left.
 """
@@ -14,9 +15,13 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import GraphModule, Node, map_arg
 
-from qgraph.backends.onnxruntime import weights
+from qgraph.backends.onnxruntime import (
+    codebook,  # noqa: F401  (fills standard.LOWER)
+    weights,
+)
 from qgraph.backends.onnxruntime.apart import KeepApart
 from qgraph.backends.onnxruntime.attention import FuseAttention
+from qgraph.backends.onnxruntime.double_scales import FactorScales
 from qgraph.backends.onnxruntime.emit import Emitter, emit
 from qgraph.backends.onnxruntime.fused import OpenFused
 from qgraph.backends.onnxruntime.half import WidenHalf
@@ -24,8 +29,10 @@ from qgraph.backends.onnxruntime.hard_swish import hard_swish_in_integers
 from qgraph.backends.onnxruntime.linear import LINEAR_RULES
 from qgraph.backends.onnxruntime.modernize import Modernize
 from qgraph.backends.onnxruntime.pool import pool_in_integers
+from qgraph.backends.onnxruntime.share_tables import ShareTables
 from qgraph.backends.onnxruntime.shield import ShieldFloat
 from qgraph.backends.onnxruntime.sites import constant, is_integer_site, static_source
+from qgraph.backends.onnxruntime.sparse import StoreSparse
 from qgraph.backends.onnxruntime.standard import leftovers, lower_rules
 from qgraph.backends.onnxruntime.token import unsigned_rows
 from qgraph.backends.onnxruntime.whole import WholeOps
@@ -199,12 +206,15 @@ LEGALIZE: tuple[Pass, ...] = (
     AbsorbActivation(),
     TurnWeights(),
     WidenHalf(),
+    StoreSparse(),
     ClaimKernels(),
     MultiplyOutWeights(),
     QuantizeBiases(),
     LowerQgOps(),
     ShieldFloat(),
     KeepApart(),
+    ShareTables(),
+    FactorScales(),
     MergeEqual(),
 )
 """The backend's passes in order."""

@@ -33,7 +33,7 @@ def dynamic_integer(s: LinearSite, rw: Rewriter) -> Node | None:
 
     Only this order of the multiplications is fused. One DynamicQuantizeLinear serves all consumers of x, each then being a
     MatMulIntegerToFloat. 16-bit floats are converted around it: the integer kernels know float32 scales only."""
-    found, w = dynamic_source(s.v.x), s.weight()
+    found, w = dynamic_source(s.v.x), s.int8()
     if found is None or w is None or w.group or found[1].axis is not None or (found[1].dtype, found[1].symmetric) != ("uint8", False):
         return None
     if not s.plain or (s.bias is not None and s.bias_value() is None):
@@ -72,7 +72,7 @@ def blockwise(s: LinearSite, rw: Rewriter) -> Node | None:
 
     8-bit codes are fast at level 4 only; per-channel scales are repeated for each block."""
     found, w = dynamic_source(s.v.x), s.weight()
-    if w is None or (static_source(s.v.x) is not None and not w.group):
+    if w is None or (static_source(s.v.x) is not None and not s.int8().group):  # type: ignore[union-attr]  # there is a weight
         return None
     level = 4 if found is not None and _as_level_4(found[1].dtype, found[1].symmetric, found[1].axis, found[1].group, w) else 1
     if container_bits(w.dtype) == 8 and level != 4:
@@ -115,14 +115,14 @@ def static_bias(s: LinearSite, rw: Rewriter) -> Node | None:
     Case 2: MatMulIntegerToFloat with a float bias. (QDQ leaves a separate Add there, and for fixed shapes nothing is fused at all:
     MatMul and Add turn into a float Gemm before the integer fusions run, also where Add is a residual one; and so do Gemm and a Relu
     that float reads.)"""
-    x, w, bias = static_source(s.v.x), s.weight(), s.bias_value()
+    x, w, bias = static_source(s.v.x), s.int8(), s.bias_value()
     if x is None or w is None or w.group or container_bits(w.dtype) != 8 or not s.plain:
         return None
-    if bias is None and (s.bias is not None or not _is_summed(s.node)):
+    if bias is None and (s.bias is not None or not (s.w.group or _is_summed(s.node))):
         return None
     x_scale = constant(x.scale, rw)
     two_axes = rank(s.v.x) == 2 or s.v.bias is not None  # a linear with a bias of its own is a Gemm
-    gemm = two_axes and bias is not None and not _is_rectified(s.root)
+    gemm = two_axes and bias is not None and not s.w.group and not _is_rectified(s.root)
     integer = quantize_bias(bias, x_scale, w.scale) if gemm and bias is not None else "no int32 bias on two axes"
     o = Emitter(rw, s.node)
     if isinstance(integer, torch.Tensor):

@@ -103,7 +103,7 @@ def type_obstacle(*dequantized: ir.Node) -> str:
 
 
 def folds(node: ir.Node) -> Promise | None:
-    """A float kernel whose weight is multiplied out from stored integers."""
+    """A float kernel whose weight is multiplied out, or looked up, from stored integers."""
     weight = node.inputs[1] if len(node.inputs) > 1 else None
     if not _from_stored_integers(weight):
         return None
@@ -111,12 +111,14 @@ def folds(node: ir.Node) -> Promise | None:
     return Promise(node, kernels, chain(node)[0], folded=True)
 
 
+LOOKUP = ("Gather", "GatherElements", "BitShift", "BitwiseAnd", "BitwiseOr")
+"""From stored codes to levels."""
+
+
 def _from_stored_integers(value: ir.Value | None) -> bool:
-    while node := producer(value, "Cast", "Mul", "Sub", "Reshape", "Slice", "Transpose"):
-        value = node.inputs[0]
-        if node.op_type == "Cast" and constant(value) and value is not None and value.dtype is not None and value.dtype.is_integer():
-            return True
-    return False
+    while node := producer(value, "Cast", "Mul", "Sub", "Reshape", "Slice", "Transpose", *LOOKUP):
+        value = node.inputs[node.op_type.startswith("Gather")]
+    return constant(value) and value is not None and value.dtype is not None and value.dtype.is_integer()
 
 
 @promises("::Conv")

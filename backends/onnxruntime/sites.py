@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from qgraph.backends.onnxruntime import two_level
+from qgraph.backends.onnxruntime.emit import Emitter
 from qgraph.ops import Q
 from qgraph.pattern import Const, Inputs, Match, Op
 from qgraph.rewrite import Rewriter, Rule
@@ -77,8 +79,16 @@ class LinearSite:
                 scale, zero = scale.T, None if zero is None else zero.T
         return Weight(q, scale, zero, self.w.dtype, self.w.group)
 
+    def int8(self) -> Weight | None:
+        """The weight as integer products take it: groups whose scales have two levels are one row of int8 with one scale."""
+        w = self.weight()
+        return w if w is None or not w.group else two_level.expanded(w) or w
+
     def kn(self, rw: Rewriter) -> Node:
-        """The weight's integers as [K, N]: the stored constant itself where it lies so."""
+        """The integers of `int8` as [K, N]: the stored constant itself where it lies so."""
+        w = self.weight()
+        if w is not None and w.group:
+            return two_level.expression(w, Emitter(rw, self.node))
         return self.w.q if self.v.out_axis % 2 == 1 else rw.const(self.w.q, _turn)
 
     def bias_value(self) -> Tensor | None:

@@ -22,7 +22,7 @@ from qgraph.ops import Q
 from qgraph.pattern import Match, Op
 from qgraph.rewrite import Rewriter, Rule
 from qgraph.text import where
-from qgraph.types import int_range, type_of
+from qgraph.types import int_range, storage, type_of
 from qgraph.views import const_value, is_const, operands
 
 Lowered = Node | tuple[Node | None, ...]
@@ -151,10 +151,12 @@ def fake_quantize(node: Node, rw: Rewriter) -> Node:
 
 @lowers(Q.dynamic_quantize.default)
 def dynamic_quantize(node: Node, rw: Rewriter) -> Lowered:
-    """uint8, float32. Case 1: per token. Case 2: asymmetric per tensor, which is DynamicQuantizeLinear."""
+    """Case 1: per token; uint8 for integer kernels, other types of at most 8 bits as a simulation. Case 2: asymmetric uint8 per tensor,
+    which is DynamicQuantizeLinear."""
     p, o = operands(node), Emitter(rw)
-    per_tensor = p["axis"] is None and not p["symmetric"]
-    if p["dtype"] != "uint8" or not (per_tensor or p["group"] == -1):
+    per_tensor = p["axis"] is None and not p["symmetric"] and p["dtype"] == "uint8"
+    per_token = p["group"] == -1 and storage(p["dtype"]).itemsize == 1
+    if not (per_tensor or per_token):
         per = "per token" if p["group"] == -1 else f"per group of {p['group']}" if p["group"] else "per tensor"
         kind = f"{p['dtype']} {'symmetric' if p['symmetric'] else 'asymmetric'} {per}"
         raise LoweringError(
@@ -164,7 +166,7 @@ def dynamic_quantize(node: Node, rw: Rewriter) -> Lowered:
     half = t.dtype if t is not None and t.dtype in ("float16", "bfloat16") else None
     x = o.cast(p["x"], "float32") if half else p["x"]
     if p["group"] == -1:
-        return _rows(o, x, symmetric=p["symmetric"], kind=half or "float32")
+        return _rows(o, x, p["dtype"], symmetric=p["symmetric"], kind=half or "float32")
     found = o("DynamicQuantizeLinear", x, outputs=3, since=11, main=True)
     q, scale, zero = o.outputs(found, "uint8", "float32", "uint8")
     return q, o.cast(scale, half) if half else scale, zero
@@ -174,10 +176,11 @@ SMALLEST_RANGE = {"float32": 1e-30, "bfloat16": 1e-30, "float16": 255 * 2.0**-24
 """Instead of the range of a row of zeros, whose integers are then its zero point, as they should be; its scale is no 0 in that type."""
 
 
-def _rows(o: Emitter, x: Node, *, symmetric: bool, kind: str) -> tuple[Node, Node, Node]:
-    """(uint8 rows of a float32 x, scale [..., 1] in the float type `kind`, zero point [..., 1]) as the reference has them.
+def _rows(o: Emitter, x: Node, dtype: str, *, symmetric: bool, kind: str) -> tuple[Node, Node, Node]:
+    """(rows of a float32 x in integers, scale [..., 1] in the float type `kind`, zero point [..., 1]) as the reference has them.
 
     One range per row is a blocked QuantizeLinear, which takes no longer than one per tensor."""
+    first, last = int_range(dtype)
     axes, least = o.const(torch.tensor([-1]), "axes"), o.const(torch.tensor(SMALLEST_RANGE[kind]), "least")
 
     def rounded(scale: Node) -> Node:
@@ -187,27 +190,41 @@ def _rows(o: Emitter, x: Node, *, symmetric: bool, kind: str) -> tuple[Node, Nod
     below = o("Neg", o("ReduceMin", x, axes, dtype="float32", since=18, keepdims=1), dtype="float32", since=6)
     if symmetric:
         reach = o("Max", high, below, least, dtype="float32", since=8)
-        scale = rounded(o("Div", reach, o.const(torch.tensor(127.0), "steps"), dtype="float32", since=7))
-        middle = o.const(torch.tensor([128], dtype=torch.uint8), "middle")
-        zero = o("Expand", middle, o("Shape", scale, dtype="int64"), dtype="uint8", since=8)
+        scale = rounded(o("Div", reach, o.const(torch.tensor(float((last - first) // 2)), "steps"), dtype="float32", since=7))
+        middle = o.const(torch.tensor([(first + last + 1) // 2], dtype=storage(dtype)), "middle")
+        zero = o("Expand", middle, o("Shape", scale, dtype="int64"), dtype=_stored(dtype), since=8)
     else:  # Clip and Relu are twice as fast as Max on so few numbers
         below = o("Relu", below, dtype="float32", since=6)
         extent = o("Add", o("Clip", high, least, dtype="float32", since=11), below, dtype="float32", since=7)
-        scale = rounded(o("Div", extent, o.const(torch.tensor(255.0), "steps"), dtype="float32", since=7))
-        zero = o("QuantizeLinear", below, scale, dtype="uint8", since=21, axis=-1, block_size=1)
-    return _row_integers(o, x, scale, zero), o.cast(scale, kind), zero
+        scale = rounded(o("Div", extent, o.const(torch.tensor(float(last - first)), "steps"), dtype="float32", since=7))
+        if dtype == "uint8":
+            zero = o("QuantizeLinear", below, scale, dtype="uint8", since=21, axis=-1, block_size=1)
+        else:
+            zero = _codes(o, below, scale, o.const(torch.tensor(float(first)), "first"), dtype)
+    return _row_integers(o, x, scale, zero, dtype), o.cast(scale, kind), zero
 
 
-def _row_integers(o: Emitter, x: Node, scale: Node, zero: Node) -> Node:
+def _row_integers(o: Emitter, x: Node, scale: Node, zero: Node, dtype: str) -> Node:
     """saturate(round(x / scale) + zero): one QuantizeLinear, whose block is a row, where the length of rows is known."""
     t = type_of(x)
     length = t.shape[-1] if t is not None and t.shape else None
-    if isinstance(length, int) and length > 0:
+    if isinstance(length, int) and length > 0 and dtype == "uint8":
         return o("QuantizeLinear", x, scale, zero, dtype="uint8", like=x, since=21, main=True, axis=-1, block_size=length)
+    return _codes(o, x, scale, o.cast(zero, "float32"), dtype)
+
+
+def _codes(o: Emitter, x: Node, scale: Node, zero: Node, dtype: str) -> Node:
+    """saturate(round(x / scale) + zero) in float32, then stored as integers."""
     steps = o("Round", o("Div", x, scale, dtype="float32", since=7), dtype="float32", since=11)
-    codes = o("Add", steps, o.cast(zero, "float32"), dtype="float32", since=7)
-    bounds = (o.const(torch.tensor(v), "bound") for v in (0.0, 255.0))
-    return o("Cast", o("Clip", codes, *bounds, dtype="float32", since=11), dtype="uint8", like=x, main=True, to=int(onnx_dtype("uint8")))
+    codes = o("Add", steps, zero, dtype="float32", since=7)
+    bounds = (o.const(torch.tensor(float(v)), "bound") for v in int_range(dtype))
+    stored = _stored(dtype)
+    return o("Cast", o("Clip", codes, *bounds, dtype="float32", since=11), dtype=stored, like=x, main=True, to=int(onnx_dtype(stored)))
+
+
+def _stored(dtype: str) -> str:
+    """The ONNX type that holds integers of `dtype` while the model runs."""
+    return str(storage(dtype)).removeprefix("torch.")
 
 
 def leftovers(nodes: list[Node]) -> list[Node]:

@@ -44,7 +44,7 @@ def token_integer(s: LinearSite, rw: Rewriter) -> Node | None:
 
     The scales multiply the float result, and the bias is added by a Sum: ONNX Runtime would fuse an Add with a Gelu behind it into
     BiasGelu, which takes longer than both."""
-    found, w = dynamic_source(s.v.x), s.weight()
+    found, w = dynamic_source(s.v.x), s.int8()
     if found is None or w is None or found[1].group != -1:
         return None
     reason = _obstacle(s, found[1].dtype, w)
@@ -68,7 +68,8 @@ def _obstacle(s: LinearSite, dtype: str, w: Weight) -> str | None:
     if w.group:
         return (
             f"no integer kernel has one scale per row of x beside groups of {w.group} in the weight: MatMulNBits level 4 quantizes rows in the "
-            f"weight's groups (activations.group={w.group}); the product is a float one"
+            f"weight's groups (activations.group={w.group}), and stage two-level gives weights of 4 bits scales that are one per channel in "
+            "int8; the product is a float one"
         )
     if not w.symmetric or w.dtype.startswith("u"):
         return "integer products of rows with a scale each take signed symmetric weights; the product is a float one"
@@ -98,11 +99,20 @@ def _asymmetric(o: Emitter, s: LinearSite, w: Weight, q: Node, zero: Node | None
     """Case 1: few correction rows; in the integer product. Case 2: subtracted in float: q . W * w_scale - z * (column sums * w_scale)."""
     if _allowed(sums := _column_sums(w)) <= w.q.shape[1]:
         count = _shared_rows(s.v.x)
-        kn = o.const(corrected(w.q.T, count), "corrected")
+        kn = _corrected(o, s, w, count)
         return _product(o, s, w, o("Concat", q, *[zero] * count, dtype="uint8", since=4, axis=-1) if count else q, kn)
     y = _product(o, s, w, q, s.kn(o.rw))
     row = o.const((sums.float() * w.per_channel.float())[None], "column_sums")
     return o("Sub", y, o("Mul", o.cast(zero, "float32"), row, dtype="float32", since=7), dtype="float32", like=s.root, since=7)  # type: ignore[arg-type]
+
+
+def _corrected(o: Emitter, s: LinearSite, w: Weight, count: int) -> Node:
+    """int8 [K + count, N]; where the first K rows are computed from codes, the rest is appended to these."""
+    whole = corrected(w.q.T, count)
+    if not s.w.group:
+        return o.const(whole, "corrected")
+    kn = s.kn(o.rw)
+    return o("Concat", kn, o.const(whole[len(whole) - count :], "correction"), dtype="int8", since=4, axis=0) if count else kn
 
 
 def _column_sums(w: Weight) -> Tensor:
@@ -120,7 +130,7 @@ def _shared_rows(x: Node) -> int:
 
     Kept with x, for these weights are claimed one after the other."""
     if ROWS not in x.meta:
-        weights = [site.weight() for user in x.users if (site := linear_site(user)) is not None and site.v.x is x]
+        weights = [site.int8() for user in x.users if (site := linear_site(user)) is not None and site.v.x is x]
         found = [(w.q.shape[1], _column_sums(w)) for w in weights if w is not None and not w.group]
         x.meta[ROWS] = max((correction_rows(sums) for k, sums in found if _allowed(sums) <= k), default=0)
     return int(x.meta[ROWS])

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from qgraph.backends.onnxruntime.emit import MICROSOFT, Emitter
-from qgraph.backends.onnxruntime.packing import SMALLEST_BLOCK, gather_blocks
+from qgraph.backends.onnxruntime.emit import FLOAT, MICROSOFT, Emitter
+from qgraph.backends.onnxruntime.packing import SMALLEST_BLOCK, container_bits, gather_blocks
 from qgraph.backends.onnxruntime.sites import constant, is_integer_site
 from qgraph.ops import Q
 from qgraph.pattern import Const, Match, Op, Var
 from qgraph.rewrite import Rewriter, rule
 from qgraph.types import storage
-from qgraph.views import DataMovement, Dequantize, Embedding, view
+from qgraph.views import DataMovement, Dequantize, Embedding, Lookup, view
 
 STORED = Op(Q.dequantize.default, "w", q=Const("q"), scale=Const("scale"))
 """Not any Dequantize: a DequantizeLinear that the model came with, or that another rule has made, stays."""
@@ -108,32 +108,40 @@ def multiply_out(m: Match, rw: Rewriter) -> Node | None:
     o, kind = Emitter(rw), str(scale.dtype).removeprefix("torch.")
     blocks, width = None, q.shape
     if w.group:
-        blocks, width = _blocked(q, w)
-    y = o.cast(o.const(_padded(q, w), "blocks") if w.group else w.q, "float32")
+        blocks, width = blocked(q, w)
+    stored = padded(q, w) if w.group else q
+    y = o.cast(w.q, "float32") if stored is q and container_bits(w.dtype) == 8 else _as_float(o, stored, w.dtype, "blocks")
     if w.group:
         y = o("Reshape", y, o.const(torch.tensor(blocks), "shape"), dtype="float32", since=5)
     like = None if w.group else m.w  # the shape tells readers what they are
-    for op_type, factor in (("Sub", zero), ("Mul", scale)):
-        if factor is not None:
-            y = o(op_type, y, o.const(_spread(factor.float(), w, q.dim()), op_type), dtype="float32", like=like, since=7)
+    if zero is not None:
+        y = o("Sub", y, _as_float(o, spread(zero, w, q.dim()), w.dtype, "zero_point"), dtype="float32", like=like, since=7)
+    y = o("Mul", y, o.const(spread(scale.float(), w, q.dim()), "scale"), dtype="float32", like=like, since=7)
     y = o.cast(y, kind)  # last: without 16-bit arithmetic on the CPU, ONNX Runtime would leave the product to every run
     if w.group:
-        y = _unblocked(o, y, m.w, w, width)
+        y = unblocked(o, y, m.w, w, width)
     return y
 
 
-def _blocked(q: torch.Tensor, w: Dequantize) -> tuple[list[int], torch.Size]:
+def _as_float(o: Emitter, q: torch.Tensor, dtype: str, hint: str) -> Node:
+    """Constant integers in float32, stored in 4 bits where these hold them."""
+    if container_bits(dtype) == 4:
+        return o("Cast", o.integers(q, "uint4" if dtype.startswith("u") else "int4", hint), dtype="float32", since=21, to=FLOAT)
+    return o.cast(o.const(q, hint), "float32")
+
+
+def blocked(q: torch.Tensor, w: Dequantize | Lookup) -> tuple[list[int], torch.Size]:
     axis = w.axis % q.dim()  # type: ignore[operator]
     return [*q.shape[:axis], -(-q.shape[axis] // w.group), w.group, *q.shape[axis + 1 :]], q.shape
 
 
-def _padded(q: torch.Tensor, w: Dequantize) -> torch.Tensor:
+def padded(q: torch.Tensor, w: Dequantize | Lookup) -> torch.Tensor:
     axis = w.axis % q.dim()  # type: ignore[operator]
     extra = -q.shape[axis] % w.group
     return torch.cat([q, torch.zeros_like(q.narrow(axis, 0, 1)).repeat_interleave(extra, axis)], axis) if extra else q
 
 
-def _spread(factor: torch.Tensor, w: Dequantize, rank: int) -> torch.Tensor:
+def spread(factor: torch.Tensor, w: Dequantize | Lookup, rank: int) -> torch.Tensor:
     """A scale or zero point reshaped to broadcast against the integers (in blocks)."""
     if w.axis is None:
         return factor.reshape(())
@@ -141,7 +149,7 @@ def _spread(factor: torch.Tensor, w: Dequantize, rank: int) -> torch.Tensor:
     return factor.unsqueeze(axis + 1) if w.group else factor.reshape([-1 if d == axis else 1 for d in range(rank)])
 
 
-def _unblocked(o: Emitter, y: Node, root: Node, w: Dequantize, shape: torch.Size) -> Node:
+def unblocked(o: Emitter, y: Node, root: Node, w: Dequantize | Lookup, shape: torch.Size) -> Node:
     """Blocks side by side again, without what the last one has too much."""
     axis = w.axis % len(shape)  # type: ignore[operator]
     whole = [*shape[:axis], -(-shape[axis] // w.group) * w.group, *shape[axis + 1 :]]

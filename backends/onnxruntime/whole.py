@@ -6,13 +6,14 @@ values instead of one. Neither are gelu with tanh, and norms that multiply by a 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import GraphModule, Node
 
 from qgraph import chains
 from qgraph.backends.onnxruntime.emit import MICROSOFT, Emitter, emit
+from qgraph.backends.onnxruntime.flat_transpose import plain_transpose
 from qgraph.onnx_io import opset
 from qgraph.onnx_node import op_type
 from qgraph.pattern import Match, OneOf, Op
@@ -24,24 +25,30 @@ from qgraph.views import Elementwise, is_const, view
 
 @dataclass(frozen=True)
 class WholeOps(Pass):
-    """Gelu as one operator, norms in the words that become one. In float32: the operators have no other kernels."""
+    """Gelu and SiLU as one operator, norms in the words that become one. In float32: the operators have no other kernels."""
 
     contract: ClassVar[Contract] = EQUIVALENT(1e-5)
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
-        return emit(gm, ctx, whole_gelu, known_norm)
+        return emit(gm, ctx, whole_curve, known_norm, plain_transpose)
 
 
-_GELU = {"gelu": "Gelu", "gelu_tanh": "FastGelu"}
+_CURVES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gelu": ("Gelu", {}),
+    "gelu_tanh": ("FastGelu", {}),
+    "silu": ("QuickGelu", {"alpha": 1.0}),
+}
 
 
 @rule(Op(Elementwise, kind=OneOf("mul", "div")))
-def whole_gelu(m: Match, rw: Rewriter) -> Node | None:
-    """Gelu, and FastGelu, which is the form with tanh. SiLU stays: ONNX Runtime makes QuickGelu of x * sigmoid(x)."""
+def whole_curve(m: Match, rw: Rewriter) -> Node | None:
+    """Gelu, FastGelu, which is the form with tanh, and QuickGelu, which with alpha 1 is SiLU. ONNX Runtime makes QuickGelu of x * sigmoid(x)
+    itself, but not of a dequantized x, of which it gives each reader one of its own: two passes more."""
     found = chains.pointwise(m.root)
-    if not isinstance(found, chains.Pointwise) or found.kind not in _GELU or not _is_float32(m.root):
+    if not isinstance(found, chains.Pointwise) or found.kind not in _CURVES or not _is_float32(m.root):
         return None
-    return Emitter(rw)(_GELU[found.kind], found.x, like=m.root, domain=MICROSOFT, main=True)
+    onnx_op, attributes = _CURVES[found.kind]
+    return Emitter(rw)(onnx_op, found.x, like=m.root, domain=MICROSOFT, main=True, **attributes)
 
 
 _KNOWN = ({"ReduceMean", "Sub", "Pow", "Add", "Sqrt", "Div"}, {"ReduceMean", "Pow", "Add", "Sqrt", "Div"})

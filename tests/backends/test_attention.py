@@ -14,7 +14,14 @@ from qgraph.pipeline import Context
 from qgraph.testing import check, from_onnx, from_torch
 
 ORT = OnnxRuntime(threads=1)
-MASKS = {"B,1,1,S": (2, 1, 1, 5), "B,1,S,S": (2, 1, 5, 5), "1,3,S,S": (1, 3, 5, 5), "B,3,1,S": (2, 3, 1, 5), "1,1,S,1": (1, 1, 5, 1)}
+MASKS = {
+    "S,S": (5, 5),
+    "B,1,1,S": (2, 1, 1, 5),
+    "B,1,S,S": (2, 1, 5, 5),
+    "1,3,S,S": (1, 3, 5, 5),
+    "B,3,1,S": (2, 3, 1, 5),
+    "1,1,S,1": (1, 1, 5, 1),
+}
 
 
 def encoder(mask: str | None, *, version: int = 23, dtype: str = "float", scale: str = "Mul", batch: str = "B", keys: str = "heads") -> str:

@@ -351,8 +351,7 @@ def test_a_product_kept_in_float_between_integers_is_not_quantized_by_the_runtim
     else:
         gm = conv_model(op, torch.randn(6, 6, 3, 3), tail=tail, out=6)
     if weight == "folded":
-        quantize_weight(gm, node_of(gm, op), dtype="int4" if op != "ConvTranspose" else "int8")
-        node_of(gm, op).args[1].update_arg(3, "int4")
+        quantize_weight(gm, node_of(gm, op), dtype="int4")
     quantize_static(gm, next(n for n in gm.graph.nodes if n.op == "output").args[0][0], 0.0 if tail else -9.0, 9.0)
     quantize_static(gm, placeholder(gm), -2.0, 3.0)
     gm, x = ready(gm), torch.randn(8, 6) if op == "Gemm" else torch.randn(1, 6, 7, 7)

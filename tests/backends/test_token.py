@@ -11,9 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import qgraph
 from qgraph.backends.onnxruntime import OnnxRuntime
 from qgraph.backends.onnxruntime.legalize import ClaimKernels
 from qgraph.backends.onnxruntime.token import corrected, correction_rows
+from qgraph.errors import RecipeError
 from qgraph.onnx_io import opset
 from qgraph.pipeline import Context
 from qgraph.reference import dynamic_quantize
@@ -194,8 +196,30 @@ def test_rows_beside_weight_groups_are_a_float_product_with_a_reason():
     (reason,) = declines(ready(gm))
     assert reason == (
         "no integer kernel has one scale per row of x beside groups of 32 in the weight: MatMulNBits level 4 quantizes rows in the weight's "
-        "groups (activations.group=32); the product is a float one"
+        "groups (activations.group=32), and stage two-level gives weights of 4 bits scales that are one per channel in int8; the product is a "
+        "float one"
     )
+
+
+@pytest.mark.parametrize(("dtype", "symmetric"), [("int6", True), ("uint6", False), ("int6", False), ("int4", True)])
+def test_rows_of_fewer_bits_are_simulated_in_standard_operations(dtype, symmetric):
+    gm = quantized("matmul", rows(dtype, symmetric=symmetric))
+    program = both(copy.deepcopy(gm), tokens(2, 5, 24), tol=1e-4)
+    assert {"Round", "Clip"} <= set(op_types(program))
+    assert declines(gm) == [f"integer kernels read rows of 8 bits, not of {dtype}; the product is a float one"]
+
+
+def test_6_bits_run_in_the_reference_and_are_refused_by_name_elsewhere():
+    """W6A6: simulated where the graph was prepared for the reference, then in ONNX too."""
+    x = tokens(2, 5, 24)
+    gm = qgraph.quantize(linear_model("matmul"), recipe="w6a6-token", backend="reference")
+    (want,), (got,) = qgraph.lower(gm, backend="reference")(x), qgraph.lower(gm, backend="onnxruntime")(x)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+    kept = qgraph.quantize(linear_model("matmul"), recipe="w6a6-token").meta["qgraph"].ledger
+    sentence = "rows with a scale each have 8 bits in integer kernels, not 6; prepared for the backend 'reference' they are simulated"
+    assert [e.reason for e in kept if e.role == "x"] == [sentence]
+    with pytest.raises(RecipeError, match=sentence):
+        qgraph.prepare(linear_model("matmul"), recipe=qgraph.load_recipe("w8a8-token", ["rules.*={activations: {bits: 6}}"]))
 
 
 def test_asymmetric_weights_are_left_to_a_float_product():

@@ -18,7 +18,7 @@ from torch import nn
 
 import qgraph
 from qgraph.backends.onnxruntime import OnnxRuntime
-from qgraph.backends.onnxruntime.placement import MACHINE
+from qgraph.backends.onnxruntime.placement import MACHINE, PLACEMENT
 from qgraph.cost import work_of
 from qgraph.views import Conv, Linear, view_any
 
@@ -49,8 +49,9 @@ def ratio(module: nn.Module, x: torch.Tensor, runs: int) -> tuple[float, float]:
     (work,) = (w for n in gm.graph.nodes if (v := view_any((Conv, Linear), n)) is not None and (w := work_of(v)) is not None)
     fp32 = MACHINE.float32.time(work)
     gain = MACHINE.gain(work, quantize=True, dequantize=any(isinstance(m, nn.Conv2d) for m in module.modules()))
-    backend = OnnxRuntime(threads=2)
-    programs = [backend.lower(gm), backend.lower(qgraph.quantize(module, [(x,)], example_inputs=(x,), recipe="w8a8"))]
+    backend = OnnxRuntime(placement=PLACEMENT, threads=2)  # integers also where they do not pay
+    quantized = qgraph.quantize(module, [(x,)], example_inputs=(x,), recipe="w8a8", backend=backend)
+    programs = [backend.lower(gm), backend.lower(quantized)]
     times = list(zip(*(_times([p.session for p in programs], x, runs)), strict=True))
     return (fp32 - gain) / fp32, statistics.median(times[1]) / statistics.median(times[0])
 

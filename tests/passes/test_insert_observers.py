@@ -6,9 +6,10 @@ from torch import Tensor, nn
 
 from qgraph.backends.onnxruntime.placement import PLACEMENT
 from qgraph.errors import ModelError, RecipeError
+from qgraph.formats import QUANTIZE
 from qgraph.ledger import state
 from qgraph.observe import Observer
-from qgraph.passes.insert_observers import QUANTIZE, InsertObservers
+from qgraph.passes.insert_observers import InsertObservers
 from qgraph.recipe import load_recipe
 from qgraph.testing import check, from_onnx, from_torch
 

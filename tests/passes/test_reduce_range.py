@@ -8,9 +8,12 @@ from torch import nn
 from torch.fx import GraphModule
 
 import qgraph
+from qgraph.backend import get_backend
+from qgraph.backends.onnxruntime import OnnxRuntime
 from qgraph.backends.onnxruntime.placement import PLACEMENT
 from qgraph.errors import RecipeError
 from qgraph.passes import InsertFakeQuant, InsertObservers, ReduceRange
+from qgraph.passes.reduce_range import exact_on
 from qgraph.pipeline import Context
 from qgraph.recipe import load_recipe
 from qgraph.saturation import TARGETS, coverage, find_products
@@ -124,3 +127,33 @@ def test_declines_a_weight_with_a_zero_point() -> None:
     assert [d.reason for d in ctx.declines] == [
         "the weight has a zero point, towards which a coarser scale moves its integers, not towards 0"
     ]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "stages"),
+    [
+        ("w8a8", ["reduce_range"]),
+        ("w8a8+smoothquant", ["smooth_quant", "reduce_range"]),
+        ("w8a8+smoothquant+round", ["smooth_quant", "reduce_range", "round_weights", "reduce_range"]),
+        ("w8a8+reduce-range+round", ["reduce_range", "round_weights"]),
+    ],
+)
+def test_a_saturating_target_adds_the_stage_where_rounding_finds_the_scales_that_stay(recipe, stages) -> None:
+    assert [p.name for p in exact_on("x86-avx2", load_recipe(recipe).stages)] == stages
+    assert exact_on("x86-vnni", load_recipe(recipe).stages) == load_recipe(recipe).stages
+
+
+@pytest.mark.parametrize("recipe", ["w8a8-dynamic", "w8a8+round"])
+def test_a_backend_for_such_machines_makes_every_recipe_exact_there(recipe) -> None:
+    found = {}
+    for target in ("x86-vnni", "x86-avx2"):
+        gm = qgraph.quantize(linear(WEIGHT), [(X,)], example_inputs=(X,), recipe=recipe, backend=OnnxRuntime(target=target))
+        found[target] = coverage(gm.meta["qgraph"].ledger)["x86-avx2"]
+    assert found == {"x86-vnni": 1, "x86-avx2": 0}
+
+
+def test_targets_that_nobody_knows_and_backends_without_any_are_refused() -> None:
+    with pytest.raises(RecipeError, match="unknown target 'avx2'; did you mean 'x86-avx2'"):
+        OnnxRuntime(target="avx2")
+    with pytest.raises(RecipeError, match="target 'x86-avx2': backend reference is not made for machines of a kind; onnxruntime is"):
+        get_backend("reference", target="x86-avx2")

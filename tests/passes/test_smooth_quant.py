@@ -97,8 +97,8 @@ def test_the_ledger_names_every_linear_with_its_alpha_or_the_reason():
     gm, _ = from_torch(Block(), DATA[0])
     smoothed(SmoothQuant(0.5), gm)
     assert scales(gm) == {
-        "a": ("smoothquant alpha 0.5, 2 readers", "factors taken in by norm"),
-        "b": ("smoothquant alpha 0.5, 2 readers", "factors taken in by norm"),
+        "a": ("smooth_quant alpha 0.5, 2 readers", "factors taken in by norm"),
+        "b": ("smooth_quant alpha 0.5, 2 readers", "factors taken in by norm"),
         "c": ("unchanged", f"nothing can take in the factors of its input: gelu {gelu_of(gm)} makes it"),
     }
 
@@ -114,7 +114,7 @@ def test_an_explicit_product_serves_linears_that_nothing_else_can(start):
     always = SmoothQuant(0.5, explicit=True, worth=math.inf)
     assert smoothed(always, gm) == 5
     assert len(text(gm).splitlines()) == operations + 1
-    assert [d for d, _ in scales(gm).values()].count("smoothquant alpha 0.5, 1 readers") == 1
+    assert [d for d, _ in scales(gm).values()].count("smooth_quant alpha 0.5, 1 readers") == 1
     assert smoothed(always, gm) == 0, "the product is now what takes factors in"
 
 
@@ -161,7 +161,7 @@ def test_a_branch_that_the_data_never_reaches_is_left_alone():
     gm, want = from_onnx(proto, x)
     SinkConstants()(gm)
     ctx = Context(data=[(x,)])
-    assert SmoothQuant().run(gm, ctx) == 2
+    assert SmoothQuant(0.5).run(gm, ctx) == 2
     torch.testing.assert_close(tree_leaves(gm(x)), want)
     reasons = [r for d, r in scales(gm).values() if d == "unchanged"]
     assert "the calibration data never reaches it" in reasons
