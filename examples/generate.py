@@ -43,7 +43,7 @@ def write(path, ids, decode, *, tokens, stop, threads):
     generator, times = Generator(path, threads=threads), [time.perf_counter()]
     for token in generator(ids, tokens=tokens, stop=stop):
         times.append(time.perf_counter())
-        print(decode(int(token[0])), end="", flush=True)
+        print(decode([int(token[0])]), end="", flush=True)
     print()
     return times[1] - times[0], (len(times) - 2) / max(times[-1] - times[1], 1e-9)
 
@@ -52,14 +52,10 @@ def main(args, folder):
     torch.manual_seed(0)
     model, tokenizer = tiny() if args.tiny else smollm2()
     if tokenizer is None:
-        ids, decode, stop = torch.tensor([list(args.prompt.encode())]), lambda token: f"{token} ", ()
+        ids, decode, stop = torch.tensor([list(args.prompt.encode())]), lambda tokens: f"{tokens[0]} ", ()
     else:
         text = tokenizer.apply_chat_template([{"role": "user", "content": args.prompt}], tokenize=False, add_generation_prompt=True)
-        ids, decode, stop = (
-            tokenizer(text, return_tensors="pt").input_ids,
-            lambda token: tokenizer.decode([token]),
-            {tokenizer.eos_token_id},
-        )
+        ids, decode, stop = tokenizer(text, return_tensors="pt").input_ids, tokenizer.decode, {tokenizer.eos_token_id}
     decoder = Decoder(model, cache=DynamicCache, options={"logits_to_keep": 1}).eval()  # of the prompt, only the last logits are of use
     example, shapes = decoder.example_inputs(), decoder.dynamic_shapes()
     paths = {"float": folder / "float.onnx", args.recipe: folder / "quantized.onnx"}

@@ -30,7 +30,6 @@ from qgraph.pipeline import LOSSY, Context, Contract, Pass
 from qgraph.rewrite import Decline
 from qgraph.scales import search
 from qgraph.text import path_of
-from qgraph.types import QSpec
 from qgraph.views import Elementwise, Linear, is_const, view
 
 STARVED = 8
@@ -179,7 +178,7 @@ def _obstacle(layer: QuantizedLayer) -> str:
         return "a convolution: stage round rounds these"
     if layer.weight.dim() != 2 or v.x_axis != -1 or v.alpha != 1:
         return "its weight has other than two axes, its x is transposed, or it has a factor alpha"
-    if TIED in layer.node.meta and QSpec(layer.fake.dtype).bits >= 8:
+    if TIED in layer.node.meta and layer.bits >= 8:
         return "its weight is an embedding table, too: its numbers are the table's"
     return "its quantized weight is read elsewhere, too" if len(v.weight.users) > 1 else ""
 

@@ -44,7 +44,9 @@ class InsertObservers(Pass):
         if self.recipe.weight_range not in WAYS:  # an unknown one fails before any data is run
             observer(self.recipe.weight_range, QSpec(), **self.recipe.weight_range_options)
         elif self.recipe.weight_range_options:
-            raise RecipeError(f"weight_range={self.recipe.weight_range!r} has no options, got {', '.join(self.recipe.weight_range_options)}")
+            raise RecipeError(
+                f"weight_range={self.recipe.weight_range!r} has no options, got {', '.join(self.recipe.weight_range_options)}"
+            )
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
         modules = list(graph_modules(gm))

@@ -182,7 +182,9 @@ def _override(node: Node, observe: InsertObservers, change: Change) -> int:
     return 1
 
 
-def trial_of(gm: GraphModule, observe: InsertObservers, ctx: Context, asking: Pass, *, instead: InsertObservers | None = None) -> GraphModule:
+def trial_of(
+    gm: GraphModule, observe: InsertObservers, ctx: Context, asking: Pass, *, instead: InsertObservers | None = None
+) -> GraphModule:
     """The graph as it would be quantized by `observe`, which is pending, or by another `instead`, behind the stages that are still to change
     the float graph, but those of the kind that asks."""
     trial, used = copy_graph(gm), instead or observe

@@ -31,7 +31,9 @@ class UntieWeights(Pass):
         return sum(self.untie(part) for part in graph_modules(gm))
 
     def untie(self, gm: GraphModule) -> int:
-        tables = {str(v.weight.target) for n in gm.graph.nodes if (v := view(Embedding, n)) is not None and const_value(v.weight) is not None}
+        tables = {
+            str(v.weight.target) for n in gm.graph.nodes if (v := view(Embedding, n)) is not None and const_value(v.weight) is not None
+        }
         count = 0
         for table, turned, linears in _sharing(gm, tables):
             for linear in linears:

@@ -82,7 +82,9 @@ def main() -> None:
 @click.option("--max-drop", type=float, help="With --recipe auto: how much the metric may fall.  [default: 0.01]")
 @click.option("--metric", help="With --recipe auto: sqnr, agreement, or PACKAGE.MODULE:FUNCTION of (run, batches).  [default: sqnr]")
 @click.option("--evaluation", type=click.Path(), help="With --recipe auto: data for the metric, in the form of --calibration.")
-@click.option("--resume", type=click.Path(path_type=Path), help="A folder that keeps finished layers (auto: a file of trials); run again to go on.")
+@click.option(
+    "--resume", type=click.Path(path_type=Path), help="A folder that keeps finished layers (auto: a file of trials); run again to go on."
+)
 @click.option("--plan", "only_plan", is_flag=True, help="Write nothing: say what it will take, memory, temporary files, the output.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def quantize(

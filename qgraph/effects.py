@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from qgraph.errors import CalibrationError
 from qgraph.isolate import Isolated, evaluate, isolate, power, source
-from qgraph.lockstep import STRIDED
 from qgraph.reference import dequantize, dynamic_quantize
+from qgraph.schedule import STRIDED
 from qgraph.sweep import arranged
 from qgraph.types import QSpec
 

@@ -19,10 +19,15 @@ FLOAT = "float"
 """The decision of an edge that keeps its float type."""
 
 
+ASIDES = frozenset(("accumulator", "scale", "shift", "range", "distribution", "outliers", "container"))
+"""Roles that are no edges: what sums need (saturation.py), factors and shifts of input channels, the range of a value that data do not give,
+what an input is taken for, what of a weight stays in float, codes wider than the format."""
+
+
 @dataclass(frozen=True)
 class Entry:
-    """One decision. `role` is the operand of `node` it is about ("weight", "x", "operand" for a second activation, "bias", "output"; "accumulator", see
-    saturation.py; "scale" and "shift": factors and shifts of its input channels; "range": that of its value, where no data gives it; "distribution": what an input is taken for; "outliers": what of the weight stays in float); `decision` is a QSpec's text ("int8 sym per axis 0"), "int32" for a derived bias, or "float"; `by` the pass; `reason` a sentence."""
+    """One decision. `role` says what about `node`: an operand ("weight", "x", "operand" for a second activation), "bias", "output"; or one of
+    ASIDES. `decision` is a QSpec's text ("int8 sym per axis 0"), "int32" for a derived bias, or "float"; `by` the pass; `reason` a sentence."""
 
     node: str
     kind: str
@@ -72,7 +77,7 @@ class Ledger:
         count = {"weights": 0, "weights_quantized": 0, "activations": 0, "activations_quantized": 0}
         for e in self:
             group = "weights" if e.role == "weight" else "activations"
-            if e.role in ("bias", "accumulator", "scale", "shift", "range", "distribution", "outliers"):
+            if e.role == "bias" or e.role in ASIDES:
                 continue
             count[group] += 1
             count[f"{group}_quantized"] += e.quantized

@@ -28,17 +28,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node, map_arg
-from torch.utils._pytree import tree_leaves
+from torch.fx import Graph, GraphModule, Node
 
-from qgraph.edit import add_constant, is_pure, nested
-from qgraph.errors import CalibrationError, QGraphError
+from qgraph.edit import add_constant, nested
+from qgraph.errors import CalibrationError
 from qgraph.heap import give_back
 from qgraph.ledger import state
+from qgraph.schedule import Schedule, Values, bytes_of
 from qgraph.spill import Store, is_mapped, release, size
 from qgraph.sweep import arranged, bar, replayable
-from qgraph.text import where
-from qgraph.types import attribute, type_of
+from qgraph.types import type_of
 from qgraph.views import Dequantize, DynamicQuantize, FakeLookup, FakeQuantize, view, view_any
 
 ORIGINAL = "original"
@@ -54,9 +53,6 @@ def original(node: Node) -> Tensor:
     return value.detach()
 
 
-STRIDED = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.as_strided.default}
-"""What does not run on every memory layout."""
-
 MERGED = 4
 """Batches that are run as one where that means the same: more take no less time for each."""
 
@@ -65,9 +61,6 @@ TOKENS = 4096
 
 BUDGET = 2**28
 """Bytes of live values that stay in memory."""
-
-Values = dict[Node, Any]
-"""What one model holds of one batch."""
 
 
 def replace_constant(gm: GraphModule, node: Node, value: Tensor) -> None:
@@ -219,12 +212,12 @@ class _Models:
         ordered = [n for n in gm.graph.nodes if n.op not in ("get_attr", "output")]
         last = max((i for i, n in enumerate(ordered) if n in group_of), default=-1)
         nodes = [n for i, n in enumerate(ordered) if i <= last or n.op == "placeholder"]  # what the last site reads is needed, no more
-        self.quantized = _Schedule(nodes)
-        self.schedules: tuple[_Schedule, ...] = (self.quantized,)
+        self.quantized = Schedule(nodes)
+        self.schedules: tuple[Schedule, ...] = (self.quantized,)
         if reference:
             # The module of the twin must outlive its nodes, which read constants from it.
             self.module, self.twins, copies = _float_twin(gm)
-            self.schedules = _Schedule([copies.get(n) for n in nodes]), self.quantized
+            self.schedules = Schedule([copies.get(n) for n in nodes]), self.quantized
         first = {group_of[n]: i for i, n in reversed(list(enumerate(nodes))) if n in group_of}
         self.cuts = sorted((i, group) for group, i in first.items())
 
@@ -234,7 +227,7 @@ class _Models:
         values = schedule.start(feed)
         for cut, _ in self.cuts:
             schedule.run(values, done, cut)
-            sizes.append(len(self.schedules) * _bytes(values))
+            sizes.append(len(self.schedules) * bytes_of(values))
             done = cut
             schedule.computed.clear()
         return sizes
@@ -266,75 +259,6 @@ def _bounded(values: Values, held: int, budget: int, store: Store) -> int:
             else:
                 held += size(value)
     return held
-
-
-class _Schedule:
-    """Nodes in order (None: nothing to do), and which values each is the last to read.
-
-    What follows from constants alone, such as a quantized weight, is computed when it is needed and kept until `computed` is cleared."""
-
-    def __init__(self, nodes: Sequence[Node | None]) -> None:
-        self.channels_last = not any(n is not None and n.target in STRIDED for n in nodes)
-        self.computed: Values = {}
-        self.constant: set[Node] = set()
-        for n in nodes:
-            if n is not None and n.all_input_nodes and is_pure(n) and all(self.is_constant(x) for x in n.all_input_nodes):
-                self.constant.add(n)
-        self.nodes = [None if n in self.constant else n for n in nodes]
-        last = {value: i for i, n in enumerate(self.nodes) if n is not None for value in (n, *n.all_input_nodes)}
-        self.spent: list[list[Node]] = [[] for _ in nodes]
-        run = set(nodes)
-        for value, i in last.items():
-            if run.issuperset(value.users):  # a stop may ask for what is read behind the last one, too: the stream that it adds to
-                self.spent[i].append(value)
-
-    def is_constant(self, node: Node) -> bool:
-        return node.op == "get_attr" or node in self.constant
-
-    def start(self, feed: Sequence[Any]) -> Values:
-        placeholders = [n for n in self.nodes if n is not None and n.op == "placeholder"]
-        return dict(zip(placeholders, map(self.laid_out, feed), strict=True))
-
-    def laid_out(self, x: Any) -> Any:
-        """Images channels last: convolutions on CPUs take a tenth to a half of the time."""
-        images = self.channels_last and isinstance(x, Tensor) and x.dim() == 4
-        return x.contiguous(memory_format=torch.channels_last) if images else x
-
-    def run(self, values: Values, start: int, end: int) -> None:
-        """Runs nodes start .. end - 1; a value is dropped after its last use."""
-        for node, spent in zip(self.nodes[start:end], self.spent[start:end], strict=True):
-            if node is not None and node.op != "placeholder":
-                values[node] = self.call(node, values)
-            for value in spent:
-                values.pop(value, None)
-            release()
-
-    def load(self, node: Node, values: Values) -> Any:
-        if node.op == "get_attr":
-            value = attribute(node)
-            return value.detach() if isinstance(value, Tensor) else value
-        if node not in self.constant:
-            return values[node]
-        if node not in self.computed:
-            self.computed[node] = self.call(node, values)
-        return self.computed[node]
-
-    def call(self, node: Node, values: Values) -> Any:
-        """Raises CalibrationError when the operation does not run."""
-        args, kwargs = map_arg((node.args, node.kwargs), lambda n: self.load(n, values))
-        target: Any = attribute(node) if node.op == "call_module" else node.target
-        try:
-            with torch.no_grad():
-                return target(*args, **kwargs)
-        except QGraphError:
-            raise
-        except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as e:
-            reason = next(iter(str(e).strip().splitlines()), type(e).__name__)
-            raise CalibrationError(f"the model does not run on this batch at {where(node)}: {reason}") from e
-
-
-def _bytes(values: Values) -> int:
-    return sum(v.numel() * v.element_size() for v in tree_leaves(list(values.values())) if isinstance(v, Tensor))
 
 
 def _float_twin(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node], dict[Node, Node]]:

@@ -108,8 +108,8 @@ def split_sites(gm: GraphModule, ctx: Context, *, by: str) -> Iterator[Site]:
 def _obstacle(site: Site) -> str:
     if site.v.x_axis != -1:
         return f"rows of x run along its axis {site.v.x_axis}, not along the last"
-    if TIED in site.node.meta:
-        return f"its weight is tied to the table @{site.node.meta[TIED]}, which stays whole"
+    if TIED in site.node.meta and site.spec.group:
+        return f"its weight is tied to the table @{site.node.meta[TIED]}, with which it may share its integers"
     return "its weight is read elsewhere, too" if len(site.v.weight.users) > 1 else ""
 
 
@@ -127,7 +127,8 @@ def outlier_split(gm: GraphModule, site: Site, kept: Tensor, reason: str, *, by:
     if not BISECTION.allows(by, site.node):
         return 0
     rw = Rewriter(site.part, site.node, by=by)
-    _add(site, _product(rw, site, kept), by=by)
+    product = _product(rw, site, kept)
+    _add(site, product, [n for n in rw.created if n.op == "call_function"], by=by)
     _store(rw, site, torch.where(kept, 0, site.weight))
     site.node.meta[SPLIT] = (*site.node.meta.get(SPLIT, ()), by)
     count, columns = int(kept.sum()), int(kept.any(0).sum())
@@ -189,10 +190,13 @@ def _store(rw: Rewriter, site: Site, rest: Tensor) -> None:
     drop_constants(site.part, [old])
 
 
-def _add(site: Site, product: Node, *, by: str) -> None:
-    """The product is added behind the bias: backends know a linear with its bias as one."""
+def _add(site: Site, product: Node, made: list[Node], *, by: str) -> None:
+    """The product is added behind the bias: backends know a linear with its bias as one. It is also computed there, with the nodes that
+    were `made` for it: what is known before a linear and added to it is a residual for stages that round."""
     bias = bias_of(site.node, Weight(site.v, site.stored))
     end = site.node if bias is None else bias.node
     readers: Callable[[Node], bool] = set(end.users).__contains__
-    total = _call(Rewriter(site.part, end.next, by=by), site, "Add", aten.add.Tensor, end, product, like=end, name="sum")
+    for node in reversed(made):
+        end.append(node)
+    total = _call(Rewriter(site.part, product.next, by=by), site, "Add", aten.add.Tensor, end, product, like=end, name="sum")
     end.replace_all_uses_with(total, delete_user_cb=readers)

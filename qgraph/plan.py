@@ -25,19 +25,20 @@ from qgraph.backend import Backend, get_backend
 from qgraph.edit import copy_graph, graph_modules
 from qgraph.errors import CalibrationError
 from qgraph.formats import QUANTIZE
-from qgraph.lockstep import BUDGET, _Schedule, as_one, together
+from qgraph.lockstep import BUDGET, as_one, together
 from qgraph.onnx_save import INLINE_LIMIT
 from qgraph.parts import PART
 from qgraph.passes import InferTypes, InsertObservers
 from qgraph.pipeline import Context, Pass, Pipeline
 from qgraph.qparams import scale_shape
 from qgraph.recipe import load_recipe
+from qgraph.schedule import Schedule
 from qgraph.sweep import arranged
 from qgraph.text import path_of
 from qgraph.types import QSpec, TensorType, type_of
 from qgraph.views import Conv, Embedding, Linear, const_value, view_any
 
-RUNTIME = 400 * 10**6
+RUNTIME = 500 * 10**6
 """Bytes of a process that has imported torch and ONNX Runtime and has done some work."""
 
 PACKING = 5
@@ -264,7 +265,7 @@ class _Planner:
         if not groups:
             return []
         nodes = [n for n in self.gm.graph.nodes if n.op not in ("get_attr", "output")]
-        schedule, sizes = _Schedule(nodes), dict(self.shapes.sizes)
+        schedule, sizes = Schedule(nodes), dict(self.shapes.sizes)
         for node in nodes:
             sizes.setdefault(node, max((sizes[n] for n in node.all_input_nodes), default=0))  # an observer, which came later
         place = {n: i for i, n in enumerate(nodes)}

@@ -107,6 +107,7 @@ QUANTIZE = textwrap.dedent("""
 """)
 
 
+@pytest.mark.slow
 @linux
 def test_a_decoder_of_6_gb_is_quantized_in_less_than_2_gb_as_planned(tmp_path):
     """2.9 billion weights. The stage goes through all blocks, for it changes layers of the first and of the last one."""

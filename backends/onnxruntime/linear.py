@@ -17,11 +17,14 @@ import torch
 from torch.fx import Node
 
 from qgraph.backends.onnxruntime.emit import FLOAT, MICROSOFT, Emitter
-from qgraph.backends.onnxruntime.packing import block_size, container_bits, matmul_blocks
+from qgraph.backends.onnxruntime.packing import block_size, container_bits, kernel_bits, matmul_blocks
 from qgraph.backends.onnxruntime.sites import LinearSite, Weight, constant, dynamic_source, linear_rules, rank, static_source
 from qgraph.backends.onnxruntime.token import token_integer
+from qgraph.ledger import Entry, state
 from qgraph.ops import Q, quantize_bias
 from qgraph.rewrite import Rewriter
+from qgraph.text import path_of
+from qgraph.types import QSpec
 from qgraph.views import Activation, Elementwise, const_value, view
 
 CHANNEL_BLOCK = 128
@@ -93,7 +96,11 @@ def _matmul_nbits(s: LinearSite, w: Weight, x: Node, *, size: int, level: int, r
     scale, zero = w.scale, w.zero_point
     if not w.group:  # one group as long as a row
         scale, zero = w.per_channel[:, None], None if zero is None else zero.reshape(-1, 1).expand(n, 1)
-    b = matmul_blocks(w.q, scale, zero, w.dtype, group=w.group or -(-k // size) * size, block=size)
+    bits = kernel_bits(w.dtype, level=level, block=size)
+    b = matmul_blocks(w.q, scale, zero, w.dtype, group=w.group or -(-k // size) * size, block=size, bits=bits)
+    if bits != QSpec(w.dtype).bits and "qgraph" in rw.gm.meta:  # nested bodies have no ledger of their own
+        reason = f"MatMulNBits has codes of 2, 4 and 8 bits, those of 2 fast for int8 rows in blocks of 64 and 128 alone, so {w.dtype} takes {bits}"
+        state(rw.gm).ledger.record(Entry(path_of(s.node), "MatMulNBits", "container", f"{bits} bits", "claim_kernels", reason))
     bias, half = s.bias_value(), "float16" if s.half == "float16" else None
     float_type = getattr(torch, half or "float32")
     operands = [o.const(b.data, "blocks"), o.const(b.scale.to(float_type), "scale")]

@@ -1,7 +1,7 @@
 """Integers one per element -> the byte layouts of ONNX Runtime's block-quantized kernels.
 
 MatMulNBits and GatherBlockQuantized hold unsigned codes whose zero point is 2**(bits-1) unless one is given; 4-bit codes lie two in
-a byte, the first in the low half. Source: ONNX Runtime's ContribOperators.md (MatMulNBits, GatherBlockQuantized).
+a byte, the first in the low half, 2-bit codes four. Source: ONNX Runtime's ContribOperators.md (MatMulNBits, GatherBlockQuantized).
 """
 
 from __future__ import annotations
@@ -41,6 +41,12 @@ def block_size(group: int) -> int | None:
     return None if size < SMALLEST_BLOCK else min(size, LARGEST_BLOCK)
 
 
+def kernel_bits(dtype: str, *, level: int, block: int) -> int:
+    """Bits of the codes that MatMulNBits reads fast: 2 where rows of x are quantized (level 4) in blocks of 64 or 128, else `container_bits`."""
+    low, high = int_range(dtype)
+    return 2 if high - low < 4 and level == 4 and block in (64, 128) else container_bits(dtype)
+
+
 def codes(values: Tensor, dtype: str, bits: int) -> Tensor:
     """Integers of `dtype` as unsigned codes of `bits` bits (uint8): signed ones move up by 2**(bits-1)."""
     shift = 0 if dtype.startswith("u") else 2 ** (bits - 1)
@@ -54,12 +60,21 @@ def nibbles(values: Tensor) -> Tensor:
     return values[..., 0::2] | (values[..., 1::2] << 4)
 
 
-def matmul_blocks(q: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: str, *, group: int, block: int) -> Blocks:
+def quarters(values: Tensor) -> Tensor:
+    """[..., n] codes of 2 bits -> [..., ceil(n / 4)] bytes, the first code in the lowest bits."""
+    values = torch.nn.functional.pad(values, (0, -values.shape[-1] % 4))
+    return values[..., 0::4] | (values[..., 1::4] << 2) | (values[..., 2::4] << 4) | (values[..., 3::4] << 6)
+
+
+def matmul_blocks(
+    q: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: str, *, group: int, block: int, bits: int | None = None
+) -> Blocks:
     """Weight integers [N, K] with scale [N, ceil(K / group)] -> data [N, ceil(K / block), block * bits / 8], scale [N, ceil(K / block)].
 
-    `block` divides `group`. A last block that K does not fill is padded with the code of its zero point, so that it adds nothing."""
+    `block` divides `group`; `bits` are those of the codes (default: `container_bits`). A last block that K does not fill is padded with the
+    code of its zero point, so that it adds nothing."""
     n, k = q.shape
-    bits, count = container_bits(dtype), -(-k // block)
+    bits, count = bits or container_bits(dtype), -(-k // block)
     zero = _zero_codes(zero_point, scale, dtype, bits)
     scale, zero = (t.repeat_interleave(group // block, 1)[:, :count] for t in (scale, zero))
     data = torch.cat([codes(q, dtype, bits), zero[:, -1:].expand(n, count * block - k)], 1).reshape(n, count, block)
@@ -81,5 +96,5 @@ def _zero_codes(zero_point: Tensor | None, scale: Tensor, dtype: str, bits: int)
 def _packed(data: Tensor, scale: Tensor, zero: Tensor, bits: int, block: int) -> Blocks:
     """A zero point that is always in the middle is the kernels' default and not stored."""
     plain = bool((zero == 2 ** (bits - 1)).all())
-    pack = nibbles if bits == 4 else torch.Tensor.contiguous
+    pack = {2: quarters, 4: nibbles}.get(bits, torch.Tensor.contiguous)
     return Blocks(pack(data), scale.contiguous(), None if plain else pack(zero), bits, block)

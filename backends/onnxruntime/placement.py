@@ -49,8 +49,8 @@ def _accepts_weight(operation: Any, spec: QSpec) -> str | None:
     if spec.codebook is not None:
         return None  # looked up once, when the model is loaded
     if isinstance(spec.granularity, PerGroup):
-        if isinstance(operation, Linear) and (spec.bits not in (2, 4, 8) or spec.group not in BLOCKS):
-            return f"MatMulNBits takes 2, 4 or 8 bits in groups of {', '.join(map(str, BLOCKS))}, not {spec}"
+        if isinstance(operation, Linear) and (spec.bits > 8 or spec.group not in BLOCKS):
+            return f"MatMulNBits takes at most 8 bits in groups of {', '.join(map(str, BLOCKS))}, not {spec}"
         return None
     if not spec.signed or not spec.symmetric:
         return f"integer kernels are fast with signed symmetric weights, not with {spec}; groups may be asymmetric"

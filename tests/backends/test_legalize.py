@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import qgraph
 from qgraph.backends.onnxruntime.half import WidenHalf
 from qgraph.backends.onnxruntime.legalize import (
     ClaimKernels,
@@ -15,7 +16,7 @@ from qgraph.backends.onnxruntime.legalize import (
     TurnWeights,
     coarser,
 )
-from qgraph.backends.onnxruntime.packing import block_size, container_bits, gather_blocks, matmul_blocks
+from qgraph.backends.onnxruntime.packing import block_size, container_bits, gather_blocks, kernel_bits, matmul_blocks
 from qgraph.backends.onnxruntime.standard import onnx_integer
 from qgraph.errors import LoweringError
 from qgraph.onnx_io import opset
@@ -44,14 +45,17 @@ def x_of(gm):
 
 
 def unpack(data: np.ndarray, bits: int) -> np.ndarray:
-    """Bytes as the ONNX Runtime documentation describes them: the first of two 4-bit codes in the low half."""
-    return data if bits == 8 else np.stack([data & 15, data >> 4], -1).reshape(*data.shape[:-1], -1)
+    """Bytes as the ONNX Runtime documentation describes them: the first of the codes in the lowest bits."""
+    return np.stack([data >> shift & (2**bits - 1) for shift in range(0, 8, bits)], -1).reshape(*data.shape[:-1], -1)
 
 
-@pytest.mark.parametrize("dtype", ["int4", "uint4", "int3", "uint2", "int8", "uint8", "uint6"])
+PACKED = [("int4", 4), ("uint4", 4), ("int3", 4), ("uint2", 4), ("uint2", 2), ("int2", 2), ("int8", 8), ("uint8", 8), ("uint6", 8)]
+
+
+@pytest.mark.parametrize(("dtype", "bits"), PACKED)
 @pytest.mark.parametrize(("k", "group", "block"), [(64, 32, 32), (50, 32, 32), (96, 64, 32), (40, 96, 32), (33, 32, 16)])
 @pytest.mark.parametrize("zero", [True, False])
-def test_packed_blocks_read_back_as_the_dequantized_weight(dtype, k, group, block, zero):
+def test_packed_blocks_read_back_as_the_dequantized_weight(dtype, k, group, block, zero, bits):
     rng = np.random.default_rng(0)
     low, high = int_range(dtype)
     count = -(-k // group)
@@ -61,7 +65,7 @@ def test_packed_blocks_read_back_as_the_dequantized_weight(dtype, k, group, bloc
     want = (q - (spread(z) if zero else 0)) * spread(scale)
 
     tensors = [torch.from_numpy(np.asarray(a)).to(torch.int16) if a is not None else None for a in (q, z)]
-    b = matmul_blocks(tensors[0], torch.from_numpy(scale), tensors[1], dtype, group=group, block=block)
+    b = matmul_blocks(tensors[0], torch.from_numpy(scale), tensors[1], dtype, group=group, block=block, bits=bits)
     codes = unpack(b.data.numpy(), b.bits).astype(np.int64)
     blocks = codes.shape[1]
     assert codes.shape == (7, -(-k // block), block) and b.data.dtype == torch.uint8
@@ -87,6 +91,7 @@ def test_blocks_are_the_largest_power_of_two_that_divides_the_group():
     assert [block_size(g) for g in (16, 32, 96, 128, 256, 512, 768)] == [16, 32, 32, 128, 256, 256, 256]
     assert block_size(8) is None and block_size(40) is None
     assert [container_bits(d) for d in ("int2", "uint4", "int5", "uint8")] == [4, 4, 8, 8]
+    assert [kernel_bits("uint2", level=level, block=block) for level, block in ((4, 64), (4, 128), (4, 32), (1, 64))] == [2, 2, 4, 4]
     assert [onnx_integer(d) for d in ("int2", "int3", "uint4", "int5", "uint6", "int16")] == [
         "int2",
         "int4",
@@ -298,7 +303,9 @@ def test_float16_scales_need_opset_19_and_stay_float16():
 def test_a_dynamic_format_without_a_kernel_is_an_error_that_names_the_node_and_the_way_out(spec):
     gm = load(f"{HEADER} g (float[B,4] x) => (float[B,4] y) {{ y = Relu(x) }}")
     quantize_dynamic(gm, x_of(gm), [node_of(gm, "Relu")], spec=spec)
-    with pytest.raises(LoweringError, match="dynamic_quantize.*int(8|16) symmetric per (token|group of 2).*use uint8 asymmetric per tensor"):
+    with pytest.raises(
+        LoweringError, match="dynamic_quantize.*int(8|16) symmetric per (token|group of 2).*use uint8 asymmetric per tensor"
+    ):
         LowerQgOps()(ready(gm))
 
 
@@ -307,3 +314,15 @@ def test_an_integer_type_that_onnx_lacks_is_an_error():
     quantize_static(gm, x_of(gm), -2.0, 3.0, spec=QSpec("uint6", False))
     with pytest.raises(LoweringError, match="no QuantizeLinear to uint6; use int8 or uint8"):
         LowerQgOps()(ready(gm))
+
+
+@pytest.mark.parametrize(("recipe", "bits"), [("w3a16-g32-sym", 4), ("w2a8-g64-sym", 2), ("w2a16-g32", 4), ("w6a8-g32-sym", 8)])
+def test_codes_of_other_widths_run_and_the_ledger_says_what_holds_them(recipe, bits):
+    torch.manual_seed(0)
+    net, x = torch.nn.Sequential(torch.nn.Linear(128, 96), torch.nn.ReLU(), torch.nn.Linear(96, 40)).eval(), torch.randn(5, 128)
+    quantized = qgraph.quantize(net, example_inputs=(x,), recipe=recipe)
+    program = qgraph.lower(quantized, strict=True)
+    want = quantized(x)
+    np.testing.assert_allclose(np.asarray(program(x)), want.detach(), atol=0.01 * float(want.abs().max()))
+    noted = [e.decision for e in program.gm.meta["qgraph"].ledger if e.role == "container"]
+    assert noted == ([] if recipe.startswith("w2a8") else [f"{bits} bits"] * 2)

@@ -8,7 +8,12 @@ from qgraph.decoder import Decoder
 from qgraph.generation import Generator
 from tests.models import smollm2
 
-PROMPTS = ("What is the capital of France?", "Write one sentence about the sea.", "Name three primary colors.")
+PROMPTS = (
+    "What is the capital of France?",
+    "Name three primary colors.",
+    "What is the largest planet?",
+    "Translate to French: good morning.",
+)
 
 
 @pytest.mark.slow

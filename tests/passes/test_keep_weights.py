@@ -118,3 +118,14 @@ def test_options_without_meaning_are_refused():
         KeepLargest(1.5)
     with pytest.raises(RecipeError, match="form of stage keep-sensitive is columns or entries, got 'rows'"):
         KeepSensitive(form="rows")
+
+
+def test_gptq_rounds_the_rest():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(32, 24), torch.nn.ReLU(), torch.nn.Linear(24, 9, bias=False)).eval()
+    want, lost = net(X).detach(), {}
+    for stages in ("", "+gptq", "+keep-sensitive+gptq"):
+        gm = observed("torch", f"w4a16-g32-sym{stages}", net=net)
+        qgraph.calibrate(gm, [(x,) for x in inputs(16)], progress=False)
+        lost[stages] = float((computed(qgraph.convert(gm), X) - want).square().sum())
+    assert lost["+keep-sensitive+gptq"] < 0.8 * lost["+gptq"] < 0.8 * lost[""], lost

@@ -40,7 +40,9 @@ def proto():
     stored = [numpy_helper.from_array(np.ascontiguousarray(v.detach().numpy()), k) for k, v in weights.items()]
     ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["n", 5])
     logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", 5, ROWS])
-    return helper.make_model(helper.make_graph(nodes, "tied", [ids], [logits], stored), opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    return helper.make_model(
+        helper.make_graph(nodes, "tied", [ids], [logits], stored), opset_imports=[helper.make_opsetid("", 21)], ir_version=10
+    )
 
 
 IDS = torch.tensor([[1, 5, 319, 0, 7], [2, 2, 3, 300, 11]])
