@@ -103,7 +103,7 @@ class GPTQ(Pass):
         k = sites[at.node].rows(sites[at.node].weight).shape[-1]
         if not self.feedback:
             return _moments(((v, None, ()) for v in at.inputs(x)), k, ())
-        nodes = [(n, r) for n, layer in sites.items() if (r := _residual(layer)) is not None]
+        nodes = [(n, r) for n, layer in sites.items() if (r := _residual(layer, at.node)) is not None]
         batches = zip(at.values(x), *(at.values(r) for _, r in nodes), strict=True)
         return _moments(((xq, xf, rest) for (xf, xq), *rest in batches), k, [n for n, _ in nodes])
 
@@ -183,12 +183,12 @@ def _obstacle(layer: QuantizedLayer) -> str:
     return "its quantized weight is read elsewhere, too" if len(v.weight.users) > 1 else ""
 
 
-def _residual(layer: QuantizedLayer) -> Node | None:
-    """r where the layer's output is added to a value r that is known before it, whatever bias comes between."""
+def _residual(layer: QuantizedLayer, stop: Node) -> Node | None:
+    """r where the layer's output is added to a value r that is known before the stop, whatever bias comes between."""
     node = layer.bias_reader
     if len(node.users) != 1:
         return None
     added = view(Elementwise, next(iter(node.users)))
     others = [i for i in added.inputs if i is not node] if added is not None and added.kind == "add" else []
     r = others[0] if len(others) == 1 else None
-    return r if isinstance(r, Node) and not is_const(r) and r < layer.node else None
+    return r if isinstance(r, Node) and not is_const(r) and r < stop else None

@@ -134,12 +134,18 @@ class _Site:
                 wanted_weight = wanted_x = None
             weight = (None, loss) if loss else self.weight(wanted_weight, rule)
             x = (None, loss) if loss else self.x(wanted_x, rule, weight[0])
-            if weight[0] and not x[0] and not isinstance(self.v, self.placement.weight_only):
-                weight = (None, x[1] if wanted_x else self.refuse(rule, "the backend has no kernel for an integer weight with float x"))
+            if weight[0] and not x[0] and (reason := self.not_alone(weight[0])):
+                weight = (None, x[1] if wanted_x else self.refuse(rule, reason))
         self.record("weight" if is_const(self.v.weight) else "operand", *weight)
         if not isinstance(self.v, Embedding):
             self.record("x", *x)
         return weight[0], x[0]
+
+    def not_alone(self, weight: QSpec) -> str:
+        """Why this weight cannot be in integers beside a float x, or ""."""
+        if not isinstance(self.v, self.placement.weight_only):
+            return "the backend has no kernel for an integer weight with float x"
+        return self.placement.accepts(self.v, "weight alone", weight) or ""
 
     def record(self, role: str, spec: QSpec | None, reason: str) -> None:
         self.ledger.record(Entry(self.label, _kind(self.node), role, str(spec) if spec else FLOAT, "annotate", reason))

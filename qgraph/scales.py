@@ -90,7 +90,7 @@ def _groups(rows: Tensor, size: int, spec: QSpec, importance: Tensor | None, sta
     scale, zero = torch.empty(n, k // size), torch.empty(n, k // size)
     step = max(1, CHUNK // k)
     for a in range(0, n, step):
-        part = rows[a : a + step].float().reshape(-1, k // size, size)
+        part = rows[a : a + step].float().contiguous().reshape(-1, k // size, size)  # sums depend on the layout
         weight = None if weights is None else weights[a : a + step].reshape(part.shape)
         scale[a : a + step], zero[a : a + step] = fit(part, weight, spec)
     return scale, zero

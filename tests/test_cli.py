@@ -141,7 +141,8 @@ def test_passes_lists_every_pass_with_its_contract_and_its_stage():
     names = {line.split()[0] for line in lines}
     assert {"canonicalize", "fold_constants", "fold_batch_norm", "insert_observers", "fold_fake_quant", "remove_dead"} <= names
     assert all(len(line.split()) > 3 for line in lines)
-    assert {line.split()[2] for line in lines} >= {f"+{stage}" for stage in STAGES}
+    own = {f"+{stage}" for stage, factory in STAGES.items() if isinstance(factory, str)}  # tests register others
+    assert {line.split()[2] for line in lines} >= own
 
 
 def test_diff_shows_the_changed_nodes_only(files):

@@ -26,6 +26,8 @@ SIMULATED = "; prepared for the backend 'reference' they are simulated"
 
 
 def _accepts(operation: Any, role: str, spec: QSpec) -> str | None:
+    if role == "weight alone":
+        return None
     if role == "weight":
         return _accepts_weight(operation, spec)
     if isinstance(operation, Conv) and operation.transposed:

@@ -16,12 +16,13 @@ from qgraph.backends.onnxruntime import OnnxRuntime
 from qgraph.backends.onnxruntime.legalize import LowerQgOps, TurnWeights
 from qgraph.backends.onnxruntime.session import Program
 from qgraph.backends.tensorrt.placement import PLACEMENT
+from qgraph.backends.tensorrt.turn import TurnBlocks
 from qgraph.passes.fold_pad import FoldPad
 from qgraph.pipeline import Pass
 
 __all__ = ["PASSES", "PLACEMENT", "Simulation", "TensorRT"]
 
-PASSES: tuple[Pass, ...] = (FoldPad(), TurnWeights(), LowerQgOps())
+PASSES: tuple[Pass, ...] = (FoldPad(), TurnWeights(), TurnBlocks(), LowerQgOps())
 """No kernel is claimed and no bias is quantized: the engine's builder reads Q/DQ and fuses by itself."""
 
 

@@ -5,9 +5,10 @@
   biases       float; the builder quantizes them itself
   outputs      quantized only where a reader is: every fused kernel also exists with a float output
   sums         Q/DQ on both operands of a residual add whose result is read in integers, so that it is fused with one of its producers
+  weight-only  int4, symmetric, in blocks of 64 or 128 along the inputs of a linear: DequantizeLinear of [K, N], opset 21
 
-Left out: uint8, zero points other than 0, ranges found at run time, groups, integer weights before float x. Operands and result of a
-concatenation share one scale.
+Left out: uint8, zero points other than 0, ranges found at run time, groups beside integer x, int8 weights before float x. Operands and
+result of a concatenation share one scale.
 """
 
 from __future__ import annotations
@@ -19,9 +20,16 @@ from qgraph.types import PerAxis, PerGroup, QSpec
 from qgraph.views import Concat, Conv, DataMovement, Elementwise, Linear, Pool
 
 
+BLOCKS = (64, 128)
+
+
 def _accepts(operation: Any, role: str, spec: QSpec) -> str | None:
+    if role == "weight alone":
+        return None if spec.group else "there is no kernel for an int8 weight with float x"
     if isinstance(spec.granularity, PerGroup):
-        return f"{role} has one scale per tensor or channel here, not {spec}"
+        if role == "weight" and isinstance(operation, Linear) and (spec.dtype, spec.symmetric) == ("int4", True) and spec.group in BLOCKS:
+            return None
+        return f"{role} has one scale per tensor or channel here, or int4 sym per group of 64 or 128 in a linear's weight, not {spec}"
     if spec.bits != 8 or not spec.signed or not spec.symmetric:
         return f"{role} is int8 and symmetric here, not {spec}"
     if role == "x" and isinstance(spec.granularity, PerAxis):
@@ -31,6 +39,7 @@ def _accepts(operation: Any, role: str, spec: QSpec) -> str | None:
 
 PLACEMENT = Placement(
     compute=(Linear, Conv),
+    weight_only=(Linear,),
     follow={Elementwise: frozenset({"add"}), Pool: frozenset({"average", "global_average"})},
     share={Pool: frozenset({"max"}), DataMovement: ALL, Concat: ALL},
     absorb=frozenset({"relu"}),

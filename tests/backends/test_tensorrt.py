@@ -87,3 +87,22 @@ def test_the_same_recipe_is_unsigned_on_onnxruntime_and_signed_here():
     for backend, want in ((EVERYWHERE, "uint8 asym per tensor"), (TensorRT(), "int8 sym per tensor")):
         ledger = qgraph.prepare(Residual().eval(), (X,), recipe="w8a8", backend=backend).meta["qgraph"].ledger
         assert {e.decision for e in ledger if e.role == "x"} == {want}
+
+
+def test_weights_alone_are_int4_in_blocks_along_the_inputs(tmp_path):
+    net, x = torch.nn.Sequential(torch.nn.Linear(128, 40), torch.nn.ReLU(), torch.nn.Linear(40, 24)).eval(), torch.randn(3, 128)
+    quantized = qgraph.quantize(net, example_inputs=(x,), recipe="w4a16-g64-sym", backend="tensorrt", output=tmp_path / "m.onnx")
+    model = onnx.load(tmp_path / "m.onnx")
+    stored = {t.name: t for t in model.graph.initializer}
+    blocks = [n for n in model.graph.node if n.op_type == "DequantizeLinear"]
+    layouts = [(list(stored[n.input[0]].dims), stored[n.input[0]].data_type, list(stored[n.input[1]].dims)) for n in blocks]
+    assert layouts == [([128, 40], onnx.TensorProto.INT4, [2, 40]), ([40, 24], onnx.TensorProto.INT4, [1, 24])]
+    assert all({a.name: a.i for a in n.attribute} == {"axis": 0, "block_size": 64} for n in blocks)
+    found = qgraph.lower(quantized, backend="tensorrt")(x)
+    torch.testing.assert_close(found, quantized(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("recipe", ["w8a16", "w4a16-g32-sym", "w4a16-g64"])
+def test_other_weights_before_float_are_refused(recipe):
+    with pytest.raises(ModelError, match="nothing to quantize"):
+        qgraph.quantize(torch.nn.Linear(128, 40).eval(), example_inputs=(torch.randn(3, 128),), recipe=recipe, backend="tensorrt")

@@ -148,6 +148,23 @@ def test_the_ledger_tells_rows_and_damping() -> None:
     assert reason == "rounded to keep the output on 96 rows of calibration data, damping 0.03"
 
 
+class Sum(torch.nn.Module):
+    """Neither summand is known before both layers are rounded."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(WIDTH, 40), torch.nn.Linear(WIDTH, 40)
+
+    def forward(self, x):
+        return torch.relu(self.a(x) + self.b(x))
+
+
+def test_layers_whose_outputs_are_added_to_each_other_are_rounded_together() -> None:
+    data = [(x,) for x in batches()]
+    graph = qgraph.quantize(Sum().eval(), data, example_inputs=data[0], recipe="w4a16-g16+gptq", backend="reference")
+    assert not graph.meta["qgraph"].declines
+
+
 class Experts(torch.nn.Module):
     """The second expert sees two rows in all."""
 
