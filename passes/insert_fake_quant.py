@@ -20,11 +20,10 @@ from qgraph.edit import Prologue, add_constant, graph_modules
 from qgraph.errors import CalibrationError
 from qgraph.formats import QUANTIZE
 from qgraph.ledger import state
-from qgraph.observe import Observer, range_of, require_finite
-from qgraph.ops import choose_qparams
+from qgraph.observe import Observer, require_finite
 from qgraph.passes.weigh_channels import importance
 from qgraph.pipeline import LOSSY, Context, Contract, Pass
-from qgraph.scales import WAYS, scales_of
+from qgraph.scales import grid_of
 from qgraph.text import path_of
 from qgraph.types import QSpec, type_of
 from qgraph.views import Conv, Embedding, Linear, const_value, view_any
@@ -51,17 +50,6 @@ class InsertFakeQuant(Pass):
         """The pass that the recipe of a prepared graph asks for."""
         recipe = state(gm).recipe
         return cls() if recipe is None else cls(recipe.weight_range, recipe.weight_range_options)
-
-    def grid(
-        self, weight: torch.Tensor, spec: QSpec, importance: torch.Tensor | None = None, *, name: str = ""
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(scale, zero point or None where it is 0) of a weight; see `scales.scales_of` for its importance."""
-        if self.weight_range in WAYS:
-            require_finite(weight, name)
-            return scales_of(weight, spec, self.weight_range, importance)
-        low, high = range_of(weight, spec, self.weight_range, name=name, **self.options)
-        scale, zero_point = choose_qparams(low, high, spec, dtype=weight.dtype)
-        return scale, None if spec.symmetric and spec.signed else zero_point
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
         _require_data(gm)
@@ -133,7 +121,8 @@ class _Insert:
             if spec.codebook is not None:
                 self.weights[key] = self.fake_lookup(value, tensor, spec)
                 return self.weights[key]
-            names = self.constants(str(value.target), *self.wanted.grid(tensor, spec, importance(value), name=path_of(value)))
+            way, options = self.wanted.weight_range, self.wanted.options
+            names = self.constants(str(value.target), *grid_of(tensor, spec, way, importance(value), name=path_of(value), **options))
             self.weights[key] = self.fake_quantize(value, names, spec)
         return self.weights[key]
 

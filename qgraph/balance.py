@@ -24,12 +24,12 @@ from qgraph.edit import graph_modules
 from qgraph.formats import TIED, wanted
 from qgraph.ledger import Entry, Ledger, state
 from qgraph.migrate import magnitudes, migrate, misfit, multiply
-from qgraph.passes.insert_fake_quant import InsertFakeQuant
 from qgraph.pipeline import Context
 from qgraph.qparams import choose_qparams, minmax
 from qgraph.recipe import Int, Recipe
 from qgraph.reference import fake_quantize
 from qgraph.rewrite import BISECTION
+from qgraph.scales import grid_of
 from qgraph.text import path_of, target_name
 from qgraph.types import PerTensor, QSpec
 from qgraph.views import Embedding, Linear, view
@@ -267,8 +267,8 @@ class _Choice:
         """The weight as insert_fake_quant makes it."""
         if spec is None or spec.codebook is not None:
             return weight if spec is None else nearest_levels(weight, spec)
-        insert = InsertFakeQuant() if self.recipe is None else InsertFakeQuant(self.recipe.weight_range, self.recipe.weight_range_options)
-        return fake_quantize(weight, *insert.grid(weight, spec), spec.dtype, spec.axis, spec.group)
+        way, options = ("minmax", {}) if self.recipe is None else (self.recipe.weight_range, self.recipe.weight_range_options)
+        return fake_quantize(weight, *grid_of(weight, spec, way, **options), spec.dtype, spec.axis, spec.group)
 
 
 def _x(of: Channels, s: Tensor, spec: QSpec | None) -> Tensor:

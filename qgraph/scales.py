@@ -9,12 +9,14 @@ signed integers has one more number below 0 than above, and it goes to the large
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qgraph.errors import RecipeError, nearest
-from qgraph.qparams import scale_shape
+from qgraph.observe import range_of, require_finite
+from qgraph.qparams import choose_qparams, scale_shape
 from qgraph.types import QSpec, int_range, storage
 
 CANDIDATES = 12
@@ -24,6 +26,20 @@ CHUNK = 2**17
 
 WAYS = ("search", "hqq")
 """How `scales_of` can choose; other names are those of ranges."""
+
+
+def grid_of(
+    weight: Tensor, spec: QSpec, way: str = "minmax", importance: Tensor | None = None, *, name: str = "", **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """(scale, zero point or None where it is 0) of a weight, chosen in one of WAYS or by a range with these options.
+
+    Raises CalibrationError for NaN and infinities, RecipeError for an unknown way or option."""
+    if way in WAYS:
+        require_finite(weight, name)
+        return scales_of(weight, spec, way, importance)
+    low, high = range_of(weight, spec, way, name=name, **options)
+    scale, zero_point = choose_qparams(low, high, spec, dtype=weight.dtype)
+    return scale, None if spec.symmetric and spec.signed else zero_point
 
 
 def scales_of(weight: Tensor, spec: QSpec, way: str, importance: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
