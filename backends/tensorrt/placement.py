@@ -19,7 +19,6 @@ from qgraph.backend import ALL, Placement
 from qgraph.types import PerAxis, PerGroup, QSpec
 from qgraph.views import Concat, Conv, DataMovement, Elementwise, Linear, Pool
 
-
 BLOCKS = (64, 128)
 
 
