@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -29,7 +29,8 @@ def turn_blocks(m: Match, rw: Rewriter) -> Node | None:
     scale, zero = rw.const(w.scale, _turned), None if w.zero_point is None else rw.const(w.zero_point, _turned)
     turned = rw.call(Q.dequantize.default, rw.const(w.q, _turned), scale, zero, w.dtype, 0, w.group)
     operands = (m.x, turned) if m.bias is None else (m.x, turned, m.bias)
-    return rw.call(m.root.target, *operands, like=m.root, **{**m.root.kwargs, "transB": 0})
+    attributes: dict[str, Any] = {**m.root.kwargs, "transB": 0}
+    return rw.call(m.root.target, *operands, like=m.root, **attributes)
 
 
 @dataclass(frozen=True)
