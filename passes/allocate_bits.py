@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import prod
 from typing import ClassVar
 
 from torch.fx import GraphModule, Node
@@ -17,13 +18,14 @@ from torch.fx import GraphModule, Node
 from qgraph.edit import graph_modules
 from qgraph.effects import Effects
 from qgraph.errors import RecipeError
-from qgraph.formats import OVERRIDE, TIED, Override, sites
+from qgraph.formats import OVERRIDE, Override, sites, wanted
 from qgraph.ledger import state
 from qgraph.passes.insert_observers import InsertObservers
 from qgraph.passes.mixed import trial_of
 from qgraph.pipeline import EXACT, Context, Contract, Pass
 from qgraph.qparams import scale_shape
 from qgraph.recipe import Int
+from qgraph.text import path_of
 from qgraph.types import QSpec
 from qgraph.views import const_value
 
@@ -59,17 +61,22 @@ class AllocateBits(Pass):
         formats = {bits: replace(observe.recipe.weights, bits=bits) for bits in self.choices}
         fewest = replace(observe, recipe=replace(observe.recipe, weights=formats[self.choices[0]]))
         effects = Effects(trial_of(gm, observe, ctx, self, instead=fewest), ctx.data or (), samples=self.samples)
-        lost = {place[1]: sum(errors.values()) for place, errors in effects.alone().items()}
+        lost = effects.alone()
         spent, steps = 0.0, list[_Steps]()
         for node, v in sites(gm):
-            value, spec = const_value(v.weight), next((s.formats[0] for s in effects.sites.values() if s.place == (0, node.name)), None)
+            place, value = (0, node.name), const_value(v.weight)
+            spec = effects.sites[place].formats[0] if place in effects.sites else None
             if value is None or spec is None:
                 continue
-            sizes = [_bytes(value.shape, replace(spec, dtype=_typed(spec, bits))) for bits in self.choices]
-            own = spec.bits == self.choices[0] and TIED not in node.meta
-            spent += sizes[0] if own else _bytes(value.shape, spec)
-            if own:
-                steps.append(_Steps(node, lost[node.name], sizes))
+            rule, asked, _ = wanted(node, fewest.recipe)
+            if rule is not None or asked != formats[self.choices[0]]:  # by a rule, or as an embedding table
+                spent += _bytes(value.shape, spec)
+                continue
+            specs = [replace(spec, dtype=_typed(spec, bits)) for bits in self.choices]
+            if reason := next((no for s in specs if (no := observe.placement.accepts(v, "weight", s))), None):
+                raise RecipeError(f"stage bits cannot choose among {list(self.choices)} bits at {path_of(node)}: {reason}")
+            steps.append(_Steps(node, sum(lost[place].values()), [_bytes(value.shape, s) for s in specs]))
+            spent += steps[-1].sizes[0]
         if spent > self.size * 1e6:
             raise RecipeError(f"the weights take {spent / 1e6:.3g} MB at {self.choices[0]} bits: more than size={self.size:g}")
         found = _spend(steps, self.choices, self.size * 1e6 - spent)
@@ -112,12 +119,8 @@ def _typed(spec: QSpec, bits: int) -> str:
 
 def _bytes(shape: tuple[int, ...], spec: QSpec) -> float:
     """Of the integers, packed, with scales in float32 and zero points of the integers' size."""
-    elements, scales = 1, 1
-    for n in shape:
-        elements *= n
-    for n in scale_shape(shape, spec.axis, spec.group):
-        scales *= n
-    return elements * spec.bits / 8 + scales * (4 + (0 if spec.symmetric else spec.bits / 8))
+    scales = prod(scale_shape(shape, spec.axis, spec.group))
+    return prod(shape) * spec.bits / 8 + scales * (4 + (0 if spec.symmetric else spec.bits / 8))
 
 
 def _override(node: Node, weights: Int, observe: InsertObservers, reason: str) -> None:

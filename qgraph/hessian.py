@@ -81,14 +81,6 @@ def by_column(rows: Tensor, order: Tensor) -> Tensor:
     return rows.mT.gather(1, order[..., None].expand(-1, -1, rows.shape[1])).contiguous()
 
 
-def damped(h: Tensor, damp: float) -> Tensor:
-    """h with the share `damp` of its mean diagonal added to its diagonal."""
-    mean = h.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=FLOOR)
-    found = h.clone()
-    found.diagonal(dim1=-2, dim2=-1).add_((damp * mean)[..., None])
-    return found
-
-
 def lattice(h: Tensor, damp: float = 0.01) -> Lattice | None:
     """Case 1: damped h is positive definite in its own type. Case 2: it is in float64. Case 3: ten times more damping, until it is.
     None: h is not finite, or it is no second moment of anything."""

@@ -6,12 +6,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qgraph.hessian import Grid, best_rows, damped, lattice
+from qgraph.hessian import Grid, best_rows, lattice
 from qgraph.hessian import round_rows as rounded
 
 
 def cost(error, h):
     return ((error @ h) * error).sum(-1)
+
+
+def damped(h, damp):
+    return h + damp * torch.diag_embed(h.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).expand(h.shape[:-1]))
 
 
 def round_rows(w, h, grid, *, damp=0.01, block=64):

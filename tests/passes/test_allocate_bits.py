@@ -63,3 +63,17 @@ def test_bits_are_spent_as_an_exhaustive_search_would() -> None:
     assert _spend(steps, (4, 8), 8.0) == {nodes[1]: 8, nodes[3]: 8}
     three = [_Steps(n, lost, [2.0, 3.0, 4.0]) for n, lost in zip(nodes, (1.0, 100.0), strict=False)]
     assert _spend(three, (2, 3, 4), 2.0) == {nodes[1]: 4}
+
+
+def test_choices_without_a_kernel_are_refused_by_name() -> None:
+    recipe = qgraph.load_recipe("w4a16-g16-sym", ["stages=[{bits: {size: 1, choices: [4, 12]}}]"])
+    data = [(x,) for x in batches()]
+    with pytest.raises(RecipeError, match=r"cannot choose among \[4, 12\] bits at 0.gate: .*at most 8 bits"):
+        qgraph.quantize(net(), data, recipe=recipe, example_inputs=data[0], dynamic_shapes=DYNAMIC)
+
+
+def test_what_a_rule_names_keeps_its_format() -> None:
+    recipe = qgraph.load_recipe("w4a16-g16-sym", ["stages=[{bits: {size: 1}}]", "rules.0.gate={weights: {bits: 4}}"])
+    data = [(x,) for x in batches()]
+    graph = qgraph.quantize(net(), data, recipe=recipe, example_inputs=data[0], dynamic_shapes=DYNAMIC)
+    assert [name for name, format in formats(graph).items() if format == "int4"] == ["0.gate"]
