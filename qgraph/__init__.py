@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     from qgraph.perplexity import perplexity
     from qgraph.pipeline import Pipeline
     from qgraph.plan import plan
-    from qgraph.recipe import Int, Recipe, load_recipe, register_stage
+    from qgraph.recipe import Int, Recipe, load_recipe
     from qgraph.sensitivity import sensitivity
+    from qgraph.stages import register_stage
     from qgraph.text import diff, text
     from qgraph.torch_compile import torch_backend
     from qgraph.types import PerAxis, PerGroup, PerTensor, PerToken, QSpec, TensorType
@@ -56,8 +57,9 @@ _HOME = {
     "perplexity": ("perplexity",),
     "pipeline": ("Pipeline",),
     "plan": ("plan",),
-    "recipe": ("Int", "Recipe", "load_recipe", "register_stage"),
+    "recipe": ("Int", "Recipe", "load_recipe"),
     "sensitivity": ("sensitivity",),
+    "stages": ("register_stage",),
     "text": ("diff", "text"),
     "torch_compile": ("torch_backend",),
     "types": ("PerAxis", "PerGroup", "PerTensor", "PerToken", "QSpec", "TensorType"),

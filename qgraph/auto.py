@@ -44,8 +44,9 @@ from qgraph.passes import RoundWeights, SmoothQuant
 from qgraph.passes.insert_fake_quant import InsertFakeQuant
 from qgraph.passes.mixed import effective
 from qgraph.pipeline import Context, Pipeline
-from qgraph.recipe import STAGES, Int
+from qgraph.recipe import Int
 from qgraph.score import METRICS, Metric, Timer, seconds_of
+from qgraph.stages import STAGES
 from qgraph.sweep import arranged, replayable
 from qgraph.text import target_name
 from qgraph.tradeoff import Candidate, Tradeoff, Trial

@@ -316,7 +316,7 @@ def passes() -> None:
     """The catalogue of passes: name, contract, its stage in a recipe (w8a8+STAGE), what it does."""
     import qgraph.passes as available
     from qgraph.pipeline import Pass
-    from qgraph.recipe import STAGES
+    from qgraph.stages import STAGES
 
     stages = {factory.partition(":")[2]: f"+{stage}" for stage, factory in STAGES.items() if isinstance(factory, str)}
     found = [p for name in available.__all__ if isinstance(p := getattr(available, name), type) and issubclass(p, Pass)]

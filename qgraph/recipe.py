@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib
-import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +24,7 @@ import yaml
 from qgraph.codebook import KMEANS, LEVELS, SEARCHES, require_codebook
 from qgraph.errors import RecipeError, nearest
 from qgraph.pipeline import Pass
+from qgraph.stages import stage, stages_of
 from qgraph.types import Granularity, PerAxis, PerGroup, PerTensor, PerToken, QSpec
 
 Per = Literal["tensor", "channel", "group", "token"]
@@ -91,37 +90,6 @@ class Int:
         if self.per == "token":
             return self._spec(PerToken(), symmetric=self.symmetric is not False, dynamic=True)
         return self._spec(PerTensor(), symmetric=bool(self.symmetric), dynamic=self.dynamic)
-
-
-STAGES: dict[str, str | Callable[..., Pass]] = {
-    "smoothquant": "qgraph.passes.smooth_quant:SmoothQuant",
-    "awq": "qgraph.passes.awq:AWQ",
-    "cle": "qgraph.passes.equalize:Equalize",
-    "relax-clip": "qgraph.passes.relax_clip:RelaxClip",
-    "absorb-high-bias": "qgraph.passes.absorb_high_bias:AbsorbHighBias",
-    "absorb-from-moments": "qgraph.passes.absorb_high_bias:AbsorbFromMoments",
-    "ranges-from-moments": "qgraph.passes.ranges_from_moments:RangesFromMoments",
-    "correct-from-moments": "qgraph.passes.bias_correct:CorrectFromMoments",
-    "weigh-channels": "qgraph.passes.weigh_channels:WeighChannels",
-    "two-level": "qgraph.passes.two_level:TwoLevel",
-    "reduce-range": "qgraph.passes.reduce_range:ReduceRange",
-    "mixed": "qgraph.passes.mixed:Mixed",
-    "bits": "qgraph.passes.allocate_bits:AllocateBits",
-    "bias-correct": "qgraph.passes.bias_correct:BiasCorrect",
-    "super-weight": "qgraph.passes.super_weight:SuperWeight",
-    "llm-int8": "qgraph.passes.split_outliers:SplitOutliers",
-    "dense-sparse": "qgraph.passes.keep_weights:KeepLargest",
-    "keep-sensitive": "qgraph.passes.keep_weights:KeepSensitive",
-    "round": "qgraph.passes.round_weights:RoundWeights",
-    "gptq": "qgraph.passes.gptq:GPTQ",
-    "double-scales": "qgraph.passes.double_scales:DoubleScales",
-}
-"""Stage name in a recipe -> factory of a pass whose keywords are its options, or "module:factory" that is imported when first asked for."""
-
-
-def register_stage(name: str, factory: Callable[..., Pass]) -> None:
-    """Make `+name` usable in recipe names and in the `stages` of YAML files. See `Pass` for where a stage runs."""
-    STAGES[name] = factory
 
 
 ALIASES: dict[str, Mapping[str, Any]] = {
@@ -227,7 +195,7 @@ def named(name: str) -> Recipe:
     scheme, *stages = name.split("+")
     if scheme in ALIASES:
         found = from_dict({**ALIASES[scheme], "name": name})
-        return dataclasses.replace(found, stages=(*found.stages, *map(_stage, stages)))
+        return dataclasses.replace(found, stages=(*found.stages, *map(stage, stages)))
     m = _SCHEME.fullmatch(re.sub(r"^nf(\d)", r"w\1a16-nf", scheme))
     if not m:
         raise RecipeError(f"unknown recipe {name!r}{nearest(name, (*NAMES, *ALIASES))}")
@@ -242,7 +210,7 @@ def named(name: str) -> Recipe:
         activations=None if a == FLOAT_BITS else _activations(a, group, options),
         kv_cache=None if kv == FLOAT_BITS else Int(kv),
         embeddings=None if weights is None else EMBEDDINGS,
-        stages=tuple(_stage(s) for s in stages),
+        stages=tuple(stage(s) for s in stages),
         weight_range="search" if weights is not None and weights.bits < 8 else "minmax",
         name=name,
     )
@@ -281,32 +249,6 @@ def _activations(bits: int, group: int | None, options: Mapping[str, Any]) -> In
         symmetric = options.get("symmetric") is not False
         return Int(bits, per="token", symmetric=symmetric, unsigned=not symmetric, dynamic=True)
     return Int(bits, per="tensor", unsigned=True, dynamic=bool(options.get("dynamic")))
-
-
-def _stage(name: str, options: Mapping[str, Any] | None = None) -> Pass:
-    if name not in STAGES:
-        known_stages = ", ".join(STAGES) or "none (see qgraph.register_stage)"
-        raise RecipeError(f"unknown stage +{name}{nearest(name, STAGES) or f'; known: {known_stages}'}")
-    factory = STAGES[name]
-    if isinstance(factory, str):
-        module, _, attribute = factory.partition(":")
-        factory = getattr(importlib.import_module(module), attribute)
-    known = inspect.signature(factory).parameters
-    for option in options or {}:
-        if option not in known:
-            raise RecipeError(f"stage {name} has no option {option!r}{nearest(str(option), known)}")
-    return factory(**options or {})
-
-
-def _stages(value: Any) -> tuple[Pass, ...]:
-    """["smoothquant", {"smoothquant": {"alpha": 0.4}}, a pass]"""
-    found = []
-    for s in value if isinstance(value, list | tuple) else [value]:
-        if isinstance(s, Mapping):
-            found += [_stage(str(name), _mapping(options or {}, f"stage {name}")) for name, options in s.items()]
-        else:
-            found.append(_stage(s) if isinstance(s, str) else s)
-    return tuple(found)
 
 
 def load_recipe(source: str | Path | Recipe, overrides: Iterable[str] = ()) -> Recipe:
@@ -363,7 +305,7 @@ def from_dict(data: Mapping[str, Any], *, base: Recipe | None = None) -> Recipe:
         elif name in ("observer_options", "weight_range_options"):
             value = {**(old or {}), **_mapping(value, name)}
         elif name == "stages":
-            value = _stages(value)
+            value = stages_of(value)
         values[name] = value
     return dataclasses.replace(base, **values) if base else Recipe(**values)
 

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from qgraph.layers import layers
 from qgraph.lockstep import lockstep, original, together
 from qgraph.pipeline import LOSSY, Context, Contract, Pass
-from qgraph.recipe import register_stage
+from qgraph.stages import register_stage
 
 HALF, INT = TensorProto.FLOAT16, TensorProto.INT64
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 import qgraph
 from qgraph.cli import main
-from qgraph.recipe import STAGES
+from qgraph.stages import STAGES
 from tests import small
 
 

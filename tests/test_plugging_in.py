@@ -20,7 +20,7 @@ from qgraph.observe import OBSERVERS, Observer
 from qgraph.passes import Canonicalize, FoldConstants, RemoveDead, as_onnx_pass
 from qgraph.pipeline import Context, Pass
 from qgraph.ranges import MinMax
-from qgraph.recipe import STAGES
+from qgraph.stages import STAGES
 from qgraph.views import Linear
 from tests.small import mlp_proto, mlp_torch, samples
 

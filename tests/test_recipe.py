@@ -125,3 +125,18 @@ def test_weights_cannot_be_dynamic_and_activations_cannot_be_per_channel() -> No
 def test_a_recipe_object_passes_through() -> None:
     recipe = Recipe(weights=Int(8))
     assert load_recipe(recipe) is recipe
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        ("[bits]", r"stage bits needs size: write stages: \[\{bits: \{size: ...\}\}\]"),
+        ("[{bits: {size: 10, choices: 4}}]", "stage bits cannot take .*: 'int' object is not iterable"),
+        ("[{gptq: {dmap: 0.1}}]", "stage gptq has no option 'dmap'.*'damp'"),
+        ("[{gptq: 3}]", "stage gptq must be a mapping, got 3"),
+        ("[gpqt]", "unknown stage \\+gpqt; did you mean 'gptq'"),
+    ],
+)
+def test_stages_that_cannot_be_made_are_refused_with_what_to_write(stages, said):
+    with pytest.raises(RecipeError, match=said):
+        load_recipe("w4a16-g32", [f"stages={stages}"])
