@@ -41,6 +41,13 @@ def inputs_of(gm: GraphModule) -> tuple[Input, ...]:
     return tuple(Input(name, str(node.target), type_of(node), _rows(node)) for name, node in zip(names, nodes, strict=True))
 
 
+def of_argument(argument: Any) -> Input:
+    """An input or output of an ONNX Runtime session; its type "tensor(float16)" is float16."""
+    name = argument.type.removeprefix("tensor(").removesuffix(")")
+    kind = {"float": "float32", "double": "float64"}.get(name, name)
+    return Input(argument.name, argument.name, TensorType(kind, tuple(argument.shape)))
+
+
 def _rows(indices: Node) -> int | None:
     found = [type_of(v.weight) for user in indices.users if (v := view(Embedding, user)) is not None and v.indices is indices]
     return min((t.shape[0] for t in found if t is not None and t.shape and isinstance(t.shape[0], int)), default=None)

@@ -17,34 +17,32 @@ import onnxruntime as ort
 
 from qgraph.backends.onnxruntime.runtime import Options, session
 from qgraph.errors import ModelError
+from qgraph.feeds import Input, of_argument
+from qgraph.tokens import empty_cache, roles
 
 Tokens = np.ndarray
 """int64 [batch] or [batch, length]."""
 
 
 class Generator:
-    """Runs the file at `path` with `threads` threads. Which input is what is read from names, types and numbers of axes: integers
-    [batch, length] named "..mask.." and "..position..", the other one of them being the tokens; floats of four axes are the cache, in
-    the order of the outputs of four axes. The first other output are the logits.
+    """Runs the file at `path` with `threads` threads. Which input is what `tokens.roles` says; the cache is in the order of the outputs of four
+    axes, and the first output of three are the logits.
 
     Raises ModelError for a file that has no such inputs and outputs."""
 
     def __init__(self, path: str | os.PathLike[str], *, threads: int | None = None) -> None:
         self.session = session(str(path), Options(threads))
-        inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
-        self.past = [i for i in inputs if len(i.shape) == 4 and "float" in i.type]
-        self.present = [o.name for o in outputs if len(o.shape) == 4]
-        others = [i.name for i in inputs if i not in self.past]
-        self.mask, self.position = (next((n for n in others if word in n), None) for word in ("mask", "position"))
-        ids = [n for n in others if n not in (self.mask, self.position)]
-        logits = [o.name for o in outputs if len(o.shape) == 3]
-        if len(ids) != 1 or not logits or not self.past or len(self.past) != len(self.present):
+        inputs, outputs = (list(map(of_argument, a)) for a in (self.session.get_inputs(), self.session.get_outputs()))
+        self.roles = roles(inputs)
+        self.present = [o.name for o in outputs if _rank(o) == 4]
+        logits = [o.name for o in outputs if _rank(o) == 3]
+        if not logits or not self.roles.cache or len(self.roles.cache) != len(self.present):
             found = f"inputs {', '.join(i.name for i in inputs)} and outputs {', '.join(o.name for o in outputs)}"
             raise ModelError(
                 f"{path} has {found}: a generator needs tokens, as many past as present tensors of four axes, and logits of three; "
                 "export the model through qgraph.decoder.Decoder"
             )
-        self.ids, self.logits = ids[0], logits[0]
+        self.logits = logits[0]
 
     def __call__(
         self, input_ids: Any, *, mask: Any = None, tokens: int = 128, stop: Collection[int] = (), temperature: float = 0.0,
@@ -58,9 +56,7 @@ class Generator:
         ids = np.asarray(input_ids, np.int64)
         admitted = np.ones_like(ids) if mask is None else np.asarray(mask, np.int64)
         choose = _greedy if temperature <= 0 else _sampler(temperature, top_k, np.random.default_rng(seed))
-        past = {
-            i.name: ort.OrtValue.ortvalue_from_numpy(np.zeros((len(ids), i.shape[1], 0, i.shape[3]), _FLOATS[i.type])) for i in self.past
-        }
+        past = {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in empty_cache(self.roles, len(ids)).items()}
         ended = np.zeros(len(ids), bool)
         while tokens > 0 and not ended.all():
             logits, past = self._step(ids, admitted, past)
@@ -73,14 +69,16 @@ class Generator:
     def _step(self, ids: Tokens, mask: Tokens, past: dict[str, ort.OrtValue]) -> tuple[np.ndarray, dict[str, ort.OrtValue]]:
         """(logits of the last position [batch, vocabulary], the cache with `ids` in it); the cache is not copied out of ONNX Runtime."""
         position = np.maximum(mask.cumsum(1) - 1, 0)[:, -ids.shape[1] :]
-        named = {self.ids: ids, self.mask: mask, self.position: position}
-        feeds = past | {n: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(v)) for n, v in named.items() if n is not None}
+        known = self.roles
+        named = {i.name: v for part, v in (((known.ids,), ids), (known.masks, mask), (known.positions, position)) for i in part}
+        feeds = past | {n: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(v)) for n, v in named.items()}
         values, *present = self.session.run_with_ort_values([self.logits, *self.present], feeds)
         logits: np.ndarray = values.numpy()[:, -1]
         return logits, dict(zip(past, present, strict=True))
 
 
-_FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+def _rank(value: Input) -> int | None:
+    return None if value.type is None else value.type.rank
 
 
 def _greedy(logits: np.ndarray) -> Tokens:

@@ -18,11 +18,10 @@ from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_leaves
 
 from qgraph.errors import CalibrationError, ModelError
-from qgraph.feeds import Input, inputs_of
+from qgraph.feeds import inputs_of, of_argument
 from qgraph.sweep import bar
 from qgraph.taps import ORT_ERRORS
 from qgraph.tokens import Ids, check_ids, decoder_feeds
-from qgraph.types import TensorType
 
 Logits = Callable[[Ids], Tensor]
 """Token ids [1, length] -> logits [1, length, vocabulary]."""
@@ -110,26 +109,19 @@ def _first_logits(found: Any) -> Tensor:
 
 
 def _of_session(session: Any) -> tuple[Logits, int | None]:
-    inputs = tuple(Input(i.name, i.name, _type(i)) for i in session.get_inputs())
-    outputs = {o.name: _type(o) for o in session.get_outputs()}
-    three = [name for name, t in outputs.items() if t.is_float and t.rank in (3, None)]
-    name = "logits" if "logits" in outputs else three[0] if three else None
-    if name is None:
+    inputs, outputs = (tuple(map(of_argument, arguments)) for arguments in (session.get_inputs(), session.get_outputs()))
+    three = [o for o in outputs if o.type is not None and o.type.is_float and o.type.rank in (3, None)]
+    chosen = next((o for o in outputs if o.name == "logits"), three[0] if three else None)
+    if chosen is None:
         raise ModelError(
-            f"the model has no output logits [batch, length, vocabulary]; it has {', '.join(f'{n}: {t}' for n, t in outputs.items())}"
+            f"the model has no output logits [batch, length, vocabulary]; it has {', '.join(f'{o.name}: {o.type}' for o in outputs)}"
         )
 
     def logits(ids: Ids) -> Tensor:
         try:
-            return torch.from_numpy(session.run([name], decoder_feeds(inputs, ids))[0])
+            return torch.from_numpy(session.run([chosen.name], decoder_feeds(inputs, ids))[0])
         except ORT_ERRORS as error:
             raise ModelError(f"ONNX Runtime does not run the model: {str(error).splitlines()[0]}") from error
 
-    shape = outputs[name].shape
+    shape = chosen.type.shape if chosen.type is not None else None
     return logits, shape[-1] if shape and isinstance(shape[-1], int) else None
-
-
-def _type(value: Any) -> TensorType:
-    """The type of an input or output of a session: "tensor(float16)" -> float16."""
-    name = value.type.removeprefix("tensor(").removesuffix(")")
-    return TensorType({"float": "float32", "double": "float64"}.get(name, name), tuple(value.shape))

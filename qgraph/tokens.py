@@ -129,24 +129,51 @@ def check_ids(ids: Ids, rows: int | None, where: str) -> None:
         )
 
 
-def decoder_feeds(inputs: Sequence[Input], ids: Ids) -> dict[str, npt.NDArray[Any]]:
-    """What a decoder takes for the windows `ids` [batch, length], by the names and types of its inputs.
+@dataclass(frozen=True)
+class Roles:
+    """Which input of a decoder is what: the token ids, masks, positions, and the cache in order."""
 
-    Floats of three axes or more are the cache: empty, every free dimension but the first is 0. Integers named "...mask..." are ones,
-    "...position..." count, and the one that is left is the ids. Raises ModelError for any other input, a fixed size that does not fit."""
+    ids: Input
+    masks: tuple[Input, ...]
+    positions: tuple[Input, ...]
+    cache: tuple[Input, ...]
+
+
+def roles(inputs: Sequence[Input]) -> Roles:
+    """By types and names: floats of three axes or more are the cache, integers named "...mask..." or "...position..." are these, and the one
+    that is left are the ids. Raises ModelError where that is not one."""
+    cache = tuple(i for i in inputs if i.type is not None and i.type.is_float and (i.type.rank or 0) >= 3)
+    masks, positions = (tuple(i for i in inputs if i not in cache and word in i.name.lower()) for word in ("mask", "position"))
+    ids = [i for i in inputs if i not in (*cache, *masks, *positions)]
+    if len(ids) != 1:
+        found = ", ".join(i.name for i in ids) or "none"
+        raise ModelError(f"a decoder takes one array of token ids beside masks, positions and a cache; this model takes {found}")
+    return Roles(ids[0], masks, positions, cache)
+
+
+def empty_cache(known: Roles, rows: int) -> dict[str, npt.NDArray[Any]]:
+    """What a decoder's cache holds at the start of `rows` texts: of its free dimensions the first is `rows`, the others are 0."""
+    found = {}
+    for i in known.cache:
+        free, *rest = i.type.shape if i.type is not None and i.type.shape else (None,)
+        shape = [free if isinstance(free, int) else rows, *(d if isinstance(d, int) else 0 for d in rest)]
+        found[i.name] = np.zeros(shape, i.type.dtype if i.type is not None else None)
+    return found
+
+
+def decoder_feeds(inputs: Sequence[Input], ids: Ids) -> dict[str, npt.NDArray[Any]]:
+    """What a decoder takes for the windows `ids` [batch, length], in the order of its inputs: masks of ones, positions that count, an empty
+    cache. Raises ModelError for inputs that are not a decoder's, or do not fit."""
+    known = roles(inputs)
     feeds: dict[str, npt.NDArray[Any]] = {}
-    names = [i.name for i in inputs if not _is_cache(i) and not any(word in i.name.lower() for word in ("mask", "position"))]
-    if len(names) != 1:
-        raise ModelError(f"a decoder takes one array of token ids beside masks, positions and a cache; this model takes {', '.join(names)}")
+    cache = empty_cache(known, len(ids))
     for i in inputs:
-        if _is_cache(i) and i.type is not None and i.type.shape is not None:
-            free, *rest = i.type.shape
-            shape = [free if isinstance(free, int) else len(ids), *(d if isinstance(d, int) else 0 for d in rest)]
-            feeds[i.name] = np.zeros(shape, i.type.dtype)
+        if i.name in cache:
+            feeds[i.name] = cache[i.name]
             continue
         value = ids
-        if i.name not in names:
-            value = np.broadcast_to(np.arange(ids.shape[1]), ids.shape) if "position" in i.name.lower() else np.ones_like(ids)
+        if i is not known.ids:
+            value = np.broadcast_to(np.arange(ids.shape[1]), ids.shape) if i in known.positions else np.ones_like(ids)
         feeds[i.name] = value.astype(i.type.dtype if i.type is not None and i.type.dtype is not None else np.int64)
         shape_wanted = None if i.type is None else i.type.shape
         if shape_wanted is not None and not _fits(shape_wanted, ids.shape):
@@ -154,10 +181,6 @@ def decoder_feeds(inputs: Sequence[Input], ids: Ids) -> dict[str, npt.NDArray[An
                 f"input {i.name!r} is {i.type}, so it takes no windows of shape {list(ids.shape)}; export with free dimensions"
             )
     return feeds
-
-
-def _is_cache(i: Input) -> bool:
-    return i.type is not None and i.type.is_float and (i.type.rank or 0) >= 3
 
 
 def _fits(wanted: Sequence[Any], shape: tuple[int, ...]) -> bool:
