@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from qgraph.annotate import labels
 from qgraph.collect import collect
 from qgraph.edit import graph_modules
-from qgraph.formats import QUANTIZE
+from qgraph.formats import QUANTIZE, TIED
 from qgraph.ledger import Entry, state
 from qgraph.pipeline import EXACT, Context, Contract, Pass
 from qgraph.rewrite import Decline
@@ -52,7 +52,10 @@ class WeighChannels(Pass):
             spec = node.meta.get(QUANTIZE, {}).get("weight")
             if spec is None:
                 continue
-            if spec.codebook is None and not searched:
+            if TIED in node.meta and spec.codebook is None:
+                reason = "its weight is an embedding table, too: both have the table's numbers, stored once"
+                ctx.declines.append(Decline(self.name, node.name, path_of(node), reason))
+            elif spec.codebook is None and not searched:
                 reason = f"its weight is {spec}, with scales from its range; weight_range=search takes the data in"
                 ctx.declines.append(Decline(self.name, node.name, path_of(node), reason))
             elif view_any((Linear, Conv), node) is not None:

@@ -37,3 +37,12 @@ def test_other_weights_of_the_same_shape_are_not_taken_for_the_table(tmp_path) -
     net.forward = lambda ids: net.head(torch.relu(net.middle(net.table(ids))))
     qgraph.quantize(net, example_inputs=(IDS,), recipe="w8a16", output=tmp_path / "m.onnx")
     assert len([n for n in bytes_of(tmp_path / "m.onnx") if n >= ROWS * WIDTH]) == 2
+
+
+def test_a_stage_that_weighs_channels_leaves_the_table_shared(tmp_path) -> None:
+    batches = [(IDS,), (IDS + 3 - 3 * (IDS > 315),)]
+    graph = qgraph.quantize(
+        Tied().eval(), batches, example_inputs=(IDS,), recipe="w4a16-g16-sym+weigh-channels", output=tmp_path / "m.onnx"
+    )
+    assert [n for n in bytes_of(tmp_path / "m.onnx") if n >= ROWS * WIDTH] == [ROWS * WIDTH]
+    assert any("stored once" in d.reason for d in graph.meta["qgraph"].declines)
