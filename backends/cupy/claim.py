@@ -1,0 +1,145 @@
+"""qg ops -> the torch ops that start kernels (torch.ops.qgraph_cuda.*), weights packed now.
+
+    quantize                        quantize_static
+    dynamic_quantize                quantize_tensor, quantize_rows
+    quantized_linear                w8a8_linear
+    dequant_linear                  weight_only_linear
+
+A node that no rule takes stays what it is and runs in torch; `Program.kernels()` tells which, and the reason that its rule gave.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from qgraph.backends.cupy import quantizing, w8a8, weight_only  # noqa: F401  (register their ops)
+from qgraph.backends.cupy.launch import TYPES
+from qgraph.backends.cupy.ops import K
+from qgraph.backends.cupy.packed_cache import packed
+from qgraph.backends.cupy.weight_packing import pack_bias, pack_weight
+from qgraph.errors import LoweringError
+from qgraph.ops import Q
+from qgraph.pattern import Match, Op
+from qgraph.pipeline import EQUIVALENT, Context, Contract, Pass
+from qgraph.rewrite import Rewriter, rule
+from qgraph.types import QSpec, storage, type_of
+from qgraph.views import const_value, operands
+
+
+@rule(Op(Q.quantize.default))
+def quantize(m: Match, rw: Rewriter) -> Node:
+    """One scale for the tensor."""
+    got = operands(m.root)
+    _require_bytes(rw, got["dtype"])
+    _float_type(rw, got["x"])
+    if got["axis"] is not None:
+        rw.decline(f"the kernel quantizes with one scale, not with scales along axis {got['axis']}")
+    return rw.call(K.quantize_static.default, got["x"], got["scale"], got["zero_point"], got["dtype"], like=m.root)
+
+
+@rule(Op(Q.dynamic_quantize.default))
+def dynamic_quantize(m: Match, rw: Rewriter) -> tuple[Node, ...]:
+    """One scale for the tensor, or one for each row, from their ranges."""
+    got = operands(m.root)
+    _require_bytes(rw, got["dtype"])
+    _float_type(rw, got["x"])
+    if got["group"] > 0:
+        rw.decline(f"the kernels quantize rows as a whole, not in groups of {got['group']}")
+    if got["axis"] is None:
+        found = rw.call(K.quantize_tensor.default, got["x"], got["dtype"], got["symmetric"])
+    else:
+        found = rw.call(K.quantize_rows.default, got["x"], None, None, got["dtype"], got["symmetric"], False)
+    return tuple(rw.call(operator.getitem, found, i) for i in range(3))
+
+
+@rule(Op(Q.quantized_linear.default))
+def quantized_linear(m: Match, rw: Rewriter) -> Node:
+    """Integers times integers, on tensor cores."""
+    got = operands(m.root)
+    for name in ("x_dtype", "w_dtype", "y_dtype"):
+        if got[name] is not None:
+            _require_bytes(rw, got[name])
+    weight, scale, zero = (_stored(rw, got[k]) for k in ("weight", "w_scale", "w_zero_point"))
+    if scale is None or scale.dtype not in TYPES:
+        rw.decline("the weight has no float scale that is stored")
+    made = packed(_pack_integers, weight, scale, zero)
+    bias = None if got["bias"] is None else rw.const(got["bias"], w8a8.pack_bias)
+    stored = [rw.const(made[k], name=f"{got['weight'].target}_{k}") if k in made else None for k in ("weight", "scale", "sums", "zero_point")]
+    x = (got["x"], got["x_scale"], got["x_zero_point"])
+    return rw.call(K.w8a8_linear.default, *x, *stored, bias, scale.dtype, got["y_scale"], got["y_zero_point"], got["y_dtype"], like=m.root)
+
+
+@rule(Op(Q.dequant_linear.default))
+def dequant_linear(m: Match, rw: Rewriter) -> Node:
+    """Floats times integers that are dequantized on the way."""
+    got = operands(m.root)
+    real = _float_type(rw, got["x"])
+    weight, scale, zero = (_stored(rw, got[k]) for k in ("weight", "scale", "zero_point"))
+    try:
+        made = packed(_pack_codes, weight, scale, zero, str(got["dtype"]), int(got["group"]), real)
+    except LoweringError as e:
+        rw.decline(str(e))
+    bias = None if got["bias"] is None else rw.const(got["bias"], pack_bias)
+    codes, row, ratio, zeros = (
+        rw.const(made[k], name=f"{got['weight'].target}_{k}") if k in made else None for k in ("codes", "row", "ratio", "zeros")
+    )
+    sizes = made["sizes"].tolist()
+    return rw.call(K.weight_only_linear.default, got["x"], codes, row, ratio, zeros, bias, *sizes, like=m.root)
+
+
+def _pack_integers(weight: Tensor, scale: Tensor, zero: Tensor | None) -> Mapping[str, Tensor]:
+    p = w8a8.pack(weight, scale, zero)
+    return _present(weight=p.weight, scale=p.scale, sums=p.sums, zero_point=p.zero_point)
+
+
+def _pack_codes(weight: Tensor, scale: Tensor, zero: Tensor | None, dtype: str, group: int, real: torch.dtype) -> Mapping[str, Tensor]:
+    p = pack_weight(weight, scale, zero, dtype, group, real=real)
+    return _present(codes=p.codes, row=p.row, ratio=p.ratio, zeros=p.zeros, sizes=torch.tensor([p.zero, p.n, p.group]))
+
+
+def _present(**tensors: Tensor | None) -> Mapping[str, Tensor]:
+    return {k: t for k, t in tensors.items() if t is not None}
+
+
+def _stored(rw: Rewriter, node: Node | None) -> Any:
+    """The constant, None for an operand that is not there; anything else declines."""
+    if node is None:
+        return None
+    value = const_value(node)
+    if value is None:
+        rw.decline(f"%{node.name} is not stored: weights are packed when the graph is lowered")
+    return value
+
+
+def _require_bytes(rw: Rewriter, dtype: str) -> None:
+    if storage(dtype).itemsize > 1:
+        rw.decline(f"the kernels have integers of at most 8 bits, not {QSpec(dtype)}")
+
+
+def _float_type(rw: Rewriter, x: Node) -> torch.dtype:
+    kind = type_of(x)
+    found = None if kind is None or kind.dtype is None else getattr(torch, kind.dtype, None)
+    if found not in TYPES:
+        rw.decline(f"the kernels read float32, float16 and bfloat16, and %{x.name} is {kind or 'of unknown type'}")
+    return found  # type: ignore[no-any-return]  # getattr of a module
+
+
+RULES = (quantize, dynamic_quantize, quantized_linear, dequant_linear)
+
+
+@dataclass(frozen=True)
+class ClaimKernels(Pass):
+    """Every fused qg op, quantization and quantized embedding gets its kernel. The numbers are those of the reference, but for the order of
+    float sums where only the weight is in integers."""
+
+    contract: ClassVar[Contract] = EQUIVALENT(2e-3)
+
+    def run(self, gm: GraphModule, ctx: Context) -> int:
+        return ctx.apply(gm, RULES)

@@ -1,0 +1,24 @@
+"""Passes that turn a converted graph, of either dialect, into one whose quantized operations are torch.ops.qgraph_cuda.* (see ops.py).
+
+    turn_weights -> fuse_dequant_matmul -> rows_in_integers -> merge_equal -> claim_kernels
+"""
+
+from __future__ import annotations
+
+from qgraph.backends.cupy.claim import ClaimKernels
+from qgraph.backends.cupy.policy import RowsInIntegers
+from qgraph.backends.onnxruntime.legalize import TurnWeights
+from qgraph.passes.fuse_dequant_matmul import FuseDequantMatmul
+from qgraph.passes.merge_equal import MergeEqual
+from qgraph.pipeline import Pass
+
+
+def legalize(rows: int | None = None) -> tuple[Pass, ...]:
+    """`rows`: how many rows the linears will see, see `policy`; None keeps the formats of the graph."""
+    return (
+        TurnWeights(),
+        FuseDequantMatmul(),
+        RowsInIntegers(rows),
+        MergeEqual(),
+        ClaimKernels(),
+    )

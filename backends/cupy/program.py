@@ -1,0 +1,127 @@
+"""A lowered graph with CUDA kernels in it, on the device where it runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from qgraph.backend import Kernel
+from qgraph.edit import graph_modules
+from qgraph.errors import LoweringError
+from qgraph.onnx_values import to_numpy
+from qgraph.ops import Q
+from qgraph.rewriter import Decline
+from qgraph.text import path_of
+from qgraph.types import attribute
+from qgraph.views import Conv, Dequantize, Embedding, Linear, Lookup, view, view_any
+
+NAMESPACE = "qgraph_cuda"
+
+FUSED = {
+    Q.dequant_linear.default: "weight-only linear",
+    Q.quantized_linear.default: "integer linear",
+    Q.dequant_conv.default: "weight-only convolution",
+    Q.quantized_conv.default: "integer convolution",
+}
+"""Fused qg ops, of which none should be left, and what is promised for them."""
+
+
+@dataclass
+class Program:
+    """`gm` is an ordinary module: torch.compile and CUDA graphs take it."""
+
+    gm: GraphModule
+    device: torch.device
+    found: tuple[Kernel, ...]
+
+    @classmethod
+    def of(cls, gm: GraphModule, device: torch.device, declines: Iterable[Decline]) -> Program:
+        """The lowered graph, its tensors moved to the device."""
+        reasons: dict[str, list[str]] = {}
+        for d in declines:
+            reasons.setdefault(d.node, []).append(d.reason)
+        found = tuple(k for part in graph_modules(gm) for node in part.graph.nodes if (k := _kernel(node, reasons)) is not None)
+        move(gm, device)
+        return cls(gm, device, found)
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """Inputs go to the program's device. Tensors in, tensors on that device out; arrays in, arrays out."""
+        leaves = pytree.tree_leaves((inputs, named))
+        arrays = any(isinstance(v, np.ndarray) for v in leaves)
+        args, kwargs = pytree.tree_map(self._tensor, (inputs, named))
+        with torch.no_grad():
+            found = self.gm(*args, **kwargs)
+        return pytree.tree_map_only(Tensor, lambda t: to_numpy(t.cpu()), found) if arrays else found
+
+    def _tensor(self, value: Any) -> Any:
+        value = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+        return value.to(self.device) if isinstance(value, Tensor) else value
+
+    def kernels(self) -> list[Kernel]:
+        """One line per operation on quantized weights and per quantization: the kernel that runs it, or why torch does."""
+        return list(self.found)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Raises LoweringError: there is no file format for a module with kernels."""
+        raise LoweringError("a cupy program has no file format: keep the converted graph, or its ONNX file, and lower it again")
+
+
+def _kernel(node: Node, reasons: dict[str, list[str]]) -> Kernel | None:
+    if node.op != "call_function":
+        return None
+    if getattr(node.target, "namespace", None) == NAMESPACE:
+        name = str(node.target).split(".")[1]
+        return Kernel(path_of(node), name, name, True)
+    promised = FUSED.get(node.target) or _stored_weight(node)
+    if promised is None:
+        return None
+    reason = "; ".join(dict.fromkeys(reasons.get(node.name, ()))) or "no kernel reads these formats"
+    return Kernel(path_of(node), promised, "torch", False, reason)
+
+
+def _stored_weight(node: Node) -> str | None:
+    """What a node is that reads a quantized weight as floats."""
+    v = view_any((Linear, Conv, Embedding), node)
+    if v is None or (view(Dequantize, v.weight) or view(Lookup, v.weight)) is None:
+        return None
+    return {Linear: "linear", Conv: "convolution", Embedding: "embedding"}[type(v)]
+
+
+def move(gm: GraphModule, device: torch.device) -> None:
+    """Everything that the graph reads and every device that its calls name. Tensors that several names share stay shared."""
+    moved: dict[int, Tensor] = {}
+    for part in graph_modules(gm):
+        for owner, name, tensor in _tensors(part):
+            if tensor.device != device:
+                new = moved.setdefault(id(tensor), tensor.detach().to(device))
+                _put(owner, name, new)
+        for node in part.graph.nodes:
+            node.args, node.kwargs = pytree.tree_map_only(torch.device, lambda _: device, (node.args, node.kwargs))
+        part.recompile()
+
+
+def _tensors(gm: GraphModule) -> Iterator[tuple[torch.nn.Module, str, Tensor]]:
+    seen = set()
+    for node in gm.graph.nodes:
+        if node.op == "get_attr" and node.target not in seen and isinstance(value := attribute(node), Tensor):
+            seen.add(node.target)
+            path, _, name = str(node.target).rpartition(".")
+            yield gm.get_submodule(path), name, value
+
+
+def _put(owner: torch.nn.Module, name: str, value: Tensor) -> None:
+    """In the place of the tensor of that name, which may be a parameter, a buffer or a plain attribute."""
+    if name in owner._parameters:
+        owner._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
+    elif name in owner._buffers:
+        owner._buffers[name] = value
+    else:
+        setattr(owner, name, value)

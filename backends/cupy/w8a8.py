@@ -1,0 +1,325 @@
+"""Integer linear: x [..., K] int8 or uint8, weight [N, K] int8 -> [..., N], bit for bit qgraph.reference.quantized_linear.
+
+torch.ops.qgraph_cuda.w8a8_linear   runs w8a8_gemm.cu (tensor cores) or w8a8_dp4a.cu (M <= 8, and devices older than sm_80).
+
+`pack` stores the weight for them, once: rows padded with zeros to whole 16 bytes, sums of its centred rows, parameters of the columns padded
+to whole vectors. Rows of x that are no whole vectors are copied into padded ones at each call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qgraph.backends.cupy.autotune import bucket, preferred
+from qgraph.backends.cupy.launch import Argument, Kernel, kernel
+from qgraph.backends.cupy.ops import cuda_op
+from qgraph.backends.cupy.roofline import Work
+from qgraph.errors import LoweringError
+from qgraph.types import int_range, storage
+
+VECTOR = 16
+"""Bytes of an access: rows of x and of the weight are multiples of it."""
+COLUMNS = 4
+"""Columns that a lane finishes: scales, sums, zero points and biases are padded to a multiple of it."""
+LEAST_SPLIT = 1024
+"""K of a split at least: below it, writing and reading partial sums costs more than what is split."""
+
+REAL = (torch.float32, torch.float16, torch.bfloat16)
+"""In the order of `Type` in w8a8.cuh."""
+OUT = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16", torch.int8: "uint8_t", torch.uint8: "uint8_t"}
+
+
+# Weights
+
+
+@dataclass(frozen=True)
+class Packed:
+    """weight int8 [N, K'], K' a multiple of 16; scale float32 [N'], sums int32 [N'] (of the rows less their zero points), zero_point int32
+    [N'] or None, N' a multiple of 4."""
+
+    weight: Tensor
+    scale: Tensor
+    sums: Tensor
+    zero_point: Tensor | None
+
+
+def pack(weight: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Packed:
+    """Integers [N, K] of at most 8 bits, one scale or N, one zero point or N or none.
+
+    Values above 127 move down by 128, and their zero points with them. Zero points that are all 0 go."""
+    if weight.dtype not in (torch.int8, torch.uint8):
+        raise LoweringError(f"the integer linear takes weights of at most 8 bits, not {str(weight.dtype).removeprefix('torch.')}")
+    n, k = weight.shape
+    shift = 128 if weight.numel() and int(weight.max()) > 127 else 0
+    zeros = torch.zeros(n, dtype=torch.int32, device=weight.device) if zero_point is None else zero_point.to(torch.int32).reshape(-1).expand(n)
+    zeros = zeros - shift
+    centred = weight.to(torch.int32) - shift
+    return Packed(
+        F.pad(centred.to(torch.int8), (0, padded(k) - k)),
+        _columns(scale.to(torch.float32).reshape(-1).expand(n)),
+        _columns((centred.sum(1) - k * zeros).to(torch.int32)),
+        _columns(zeros) if bool(zeros.any()) else None,
+    )
+
+
+def unpack(packed: Packed, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """weight [N, K], scale [N] and zero point [N] or None: what `pack` was given, or the same less 128 where it moved."""
+    n = packed.weight.shape[0]
+    return packed.weight[:, :k], packed.scale[:n], None if packed.zero_point is None else packed.zero_point[:n]
+
+
+def pack_bias(bias: Tensor) -> Tensor:
+    """[N] -> [N'] float32 or, in units of x_scale * w_scale, int32."""
+    return _columns(bias.to(torch.float32 if bias.is_floating_point() else torch.int32))
+
+
+def padded(k: int) -> int:
+    """Bytes of a row of k integers: whole vectors, one at least."""
+    return max(1, -(-k // VECTOR)) * VECTOR
+
+
+def _columns(values: Tensor) -> Tensor:
+    return F.pad(values, (0, -values.shape[0] % COLUMNS)).contiguous()
+
+
+# Kernels and their configurations
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A block of w8a8_gemm: m x n results by warps_m x warps_n warps, k bytes of each row in a stage."""
+
+    m: int
+    n: int
+    k: int
+    warps_m: int
+    warps_n: int
+    stages: int
+
+    @property
+    def block(self) -> int:
+        return 32 * self.warps_m * self.warps_n
+
+    @property
+    def shared(self) -> int:
+        return self.stages * (self.m + self.n) * self.k
+
+    def blocks(self, m: int, n: int) -> int:
+        return _ceil(m, self.m) * _ceil(n, self.n)
+
+
+@dataclass(frozen=True)
+class Config:
+    """tile: w8a8_gemm, K in `splits`; None: w8a8_dp4a with `rows` rows of x at once."""
+
+    tile: Tile | None = None
+    splits: int = 1
+    rows: int = 0
+
+
+LARGE = Tile(128, 128, 64, warps_m=2, warps_n=2, stages=3)
+MEDIUM = Tile(64, 128, 64, warps_m=2, warps_n=2, stages=4)
+SMALL = Tile(16, 128, 128, warps_m=1, warps_n=4, stages=3)
+TILES = (LARGE, MEDIUM, SMALL)
+ROWS = (1, 2, 4, 8)
+OUTPUTS = 32
+"""Columns of a block of w8a8_dp4a."""
+DP4A_BLOCK = 256
+RESIDENT = 2
+"""Blocks of w8a8_gemm on a multiprocessor at least."""
+
+
+def gemm(tile: Tile, out: str, *, unsigned: bool) -> Kernel:
+    """`out`: a value of OUT."""
+    sizes = {"TILE_M": tile.m, "TILE_N": tile.n, "TILE_K": tile.k, "WARPS_M": tile.warps_m, "WARPS_N": tile.warps_n, "STAGES": tile.stages}
+    expects = ("IMMA.16832", "LDSM.4", "LDGSTS.128")
+    return kernel("w8a8_gemm.cu", "w8a8_gemm", shared=tile.shared, expects=expects, BLOCKS=RESIDENT, OUT=out, UNSIGNED_X=unsigned, **sizes)
+
+
+def dp4a(rows: int) -> Kernel:
+    return kernel("w8a8_dp4a.cu", "w8a8_dp4a", expects=("IDP.4A", "LDG.128", "LDS.128"), ROWS=rows)
+
+
+ROW_SUMS = kernel("w8a8_dp4a.cu", "w8a8_row_sums", expects=("IDP.4A", "LDG.128"), ROWS=1)
+KERNELS = (
+    *(gemm(t, out, unsigned=u) for t in TILES for out in dict.fromkeys(OUT.values()) for u in (False, True)),
+    *(dp4a(r) for r in ROWS),
+    ROW_SUMS,
+)
+
+
+def choose(m: int, n: int, k: int, *, arch: int = 80, sms: int = 108) -> Config:
+    """What was tuned for the shape (autotune.py), else: dp4a below 9 rows and before sm_80; the smallest tile that holds all rows; the
+    medium one also where large ones would leave multiprocessors idle. K is split until there are blocks for all of them."""
+    if m <= ROWS[-1] or arch < 80:
+        return Config(rows=next(r for r in ROWS if m <= r or r == ROWS[-1]))
+    if (tuned := preferred("w8a8", (bucket(m), n, k), candidates(m, n, k, sms=sms))) is not None:
+        return tuned
+    small = SMALL if m <= SMALL.m else MEDIUM
+    return _split(LARGE if m > MEDIUM.m and LARGE.blocks(m, n) >= sms else small, m, n, k, sms)
+
+
+def candidates(m: int, n: int, k: int, *, sms: int = 108) -> tuple[Config, ...]:
+    """What may be fastest for a shape on tensor cores: each tile, with K whole and split."""
+    return tuple(dict.fromkeys(c for t in TILES for c in (Config(t), _split(t, m, n, k, sms))))
+
+
+def _split(tile: Tile, m: int, n: int, k: int, sms: int) -> Config:
+    most = min(RESIDENT * sms // tile.blocks(m, n), k // LEAST_SPLIT)
+    steps = _ceil(padded(k), tile.k)
+    return Config(tile, _ceil(steps, _ceil(steps, max(1, most))))
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def work(m: int, n: int, k: int, out: torch.dtype = torch.float16) -> Work:
+    """The least that [m, k] x [n, k] needs: x, weight, result, scales and sums once."""
+    return Work(bytes=m * k + n * k + m * n * out.itemsize + 8 * n, int8_ops=2 * m * n * k)
+
+
+# The op
+
+
+@cuda_op(
+    "Tensor x, Tensor x_scale, Tensor? x_zero_point, Tensor weight, Tensor w_scale, Tensor w_sum, Tensor? w_zero_point, Tensor? bias, "
+    "ScalarType dtype, Tensor? y_scale=None, Tensor? y_zero_point=None, str? y_dtype=None, bool relu=False, Tensor? x_sum=None"
+)
+def w8a8_linear(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor | None,
+    weight: Tensor,
+    w_scale: Tensor,
+    w_sum: Tensor,
+    w_zero_point: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    y_scale: Tensor | None = None,
+    y_zero_point: Tensor | None = None,
+    y_dtype: str | None = None,
+    relu: bool = False,
+    x_sum: Tensor | None = None,
+) -> Tensor:
+    """quantized_linear(x, ...), then relu if asked, then quantize if there is a y_dtype.
+
+    weight, w_scale, w_sum, w_zero_point: of `pack`; bias: of `pack_bias`; dtype: the float type of the result where y_dtype does not make it
+    integers (the scale's, before it was packed). x_scale (float32, float16 or bfloat16) and x_zero_point: one, or one for each row. x_sum: the
+    row sums of x, int32, which weights with zero points need; computed here where they are not given.
+    Raises LoweringError for what no kernel does."""
+    k = x.shape[-1]
+    if x.dtype not in (torch.int8, torch.uint8) or weight.shape[1] != padded(k) or dtype not in REAL:
+        raise LoweringError(f"no kernel multiplies x {list(x.shape)} {x.dtype} with a packed weight {list(weight.shape)} to {dtype}")
+    rows = _rows(x, k)
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=_result(dtype, y_dtype))
+    if y.numel() == 0:
+        return y
+    if w_zero_point is not None and x_sum is None:
+        x_sum = _row_sums(rows)
+    arch, sms = _device(x.device)
+    config = choose(rows.shape[0], weight.shape[0], k, arch=arch, sms=sms)
+    how = _how(rows.shape[0], x, x_scale, x_zero_point, bias, dtype, y_dtype, relu)
+    low, high = (0, 0) if y_dtype is None else int_range(y_dtype)
+    scale = None if y_scale is None or y_dtype is None else y_scale.to(torch.float32)
+    finish = (x_scale, x_zero_point, w_scale, w_sum, w_zero_point, x_sum, bias, scale, y_zero_point, how, low, high)
+    launch(config, y, rows, weight, finish)
+    return y
+
+
+@w8a8_linear.register_fake
+def _(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor | None,
+    weight: Tensor,
+    w_scale: Tensor,
+    w_sum: Tensor,
+    w_zero_point: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    y_scale: Tensor | None = None,
+    y_zero_point: Tensor | None = None,
+    y_dtype: str | None = None,
+    relu: bool = False,
+    x_sum: Tensor | None = None,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=_result(dtype, y_dtype))
+
+
+def launch(config: Config, y: Tensor, x: Tensor, weight: Tensor, finish: tuple[Argument, ...]) -> None:
+    """y [..., N] from rows x [M, K'] and weight [N, K'] by one configuration; `finish`: W8A8_FINISH of w8a8.cuh."""
+    (m, k), n, tile = x.shape, weight.shape[0], config.tile
+    if tile is None:
+        dp4a(config.rows)((_ceil(n, OUTPUTS), _ceil(m, config.rows)), DP4A_BLOCK, y, x, weight, m, n, k, *finish)
+        return
+    run = gemm(tile, OUT[y.dtype], unsigned=x.dtype == torch.uint8)
+    partial = arrived = None
+    if config.splits > 1:
+        partial = torch.empty(config.splits * tile.blocks(m, n) * tile.m * tile.n, dtype=torch.int32, device=x.device)
+        arrived = torch.zeros(tile.blocks(m, n), dtype=torch.int32, device=x.device)
+    grid = (_ceil(m, tile.m), _ceil(n, tile.n), config.splits)
+    run(grid, tile.block, y, x, weight, m, n, k, _ceil(_ceil(k, tile.k), config.splits), partial, arrived, *finish)
+
+
+def _result(dtype: torch.dtype, y_dtype: str | None) -> torch.dtype:
+    if y_dtype is None:
+        return dtype
+    if storage(y_dtype) not in OUT:
+        raise LoweringError(f"the integer linear requantizes to at most 8 bits, not to {y_dtype}")
+    return storage(y_dtype)
+
+
+def _rows(x: Tensor, k: int) -> Tensor:
+    """[M, K'] contiguous from a multiple of 16 bytes on: x itself, or a copy padded with zeros."""
+    rows = x.reshape(x.shape[:-1].numel(), k)
+    rows = F.pad(rows, (0, padded(k) - k)) if k != padded(k) else rows.contiguous()
+    return rows if rows.data_ptr() % VECTOR == 0 else rows.clone()
+
+
+def _row_sums(rows: Tensor) -> Tensor:
+    m, k = rows.shape
+    sums = torch.empty(m, dtype=torch.int32, device=rows.device)
+    ROW_SUMS((_ceil(m, DP4A_BLOCK // 32),), DP4A_BLOCK, sums, rows, m, k, int(rows.dtype == torch.uint8))
+    return sums
+
+
+def _how(
+    m: int,
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    y_dtype: str | None,
+    relu: bool,
+) -> int:
+    """The bits of `how` in w8a8.cuh."""
+    counts = {x_scale.numel(), 1 if x_zero_point is None else x_zero_point.numel()}
+    if not counts <= {1, m} or x_scale.dtype not in REAL:
+        raise LoweringError(f"x has one scale and zero point or one for each of {m} rows, in {', '.join(map(str, REAL))}; got {counts} {x_scale.dtype}")
+    bits = (
+        x_scale.numel() > 1,
+        x_zero_point is not None and x_zero_point.numel() > 1,
+        x.dtype == torch.uint8,
+        bias is not None and not bias.is_floating_point(),
+        relu,
+        y_dtype is not None and storage(y_dtype) == torch.uint8,
+    )
+    return REAL.index(x_scale.dtype) + sum(1 << 2 + i for i, b in enumerate(bits) if b) + (REAL.index(dtype) << 8)
+
+
+def _device(device: torch.device) -> tuple[int, int]:
+    """Architecture and multiprocessors; for the emulator, those of an sm_80."""
+    return _properties(device.index or 0) if device.type == "cuda" else (80, 108)
+
+
+@cache
+def _properties(index: int) -> tuple[int, int]:
+    found = torch.cuda.get_device_properties(index)
+    return 10 * found.major + found.minor, found.multi_processor_count

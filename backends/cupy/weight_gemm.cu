@@ -1,0 +1,206 @@
+// weight_gemm.cu -- y[M,N] = x . W^T + bias on tensor cores, x half or bfloat16, weights of 2, 3, 4 or 8 bits (layout: weight_codes.cuh).
+//
+//   x [M, K], K a multiple of 8, 16-byte aligned; y [M, N] of type OUT, or partial [splits, M, N] float, which weight_reduce adds;
+//   ratio [groups, padded N] half or float; row and bias [padded N] float. M and N are any.
+//
+// Partition. Grid (tiles of M, tiles of 128 outputs, splits of K); tiles of M are neighbours, so that blocks that run together read the same
+// weights. The product is y^T = W x^T: W is the A of mma.m16n8k16, so that a tile of few rows of x wastes little (8, not 16, is the smallest).
+//
+//              K ->                                       one tile of y^T: 4 warps, one above the other
+//   codes  +---------+---------+----                        TILE_M rows of x ->
+//   128    | BITS kB | stage 1 | ...                  N   +-------------------+
+//   x      +---------+---------+----                  |   | warp 0: 32        |  2 fragments of W, each for TILE_M / 8
+//   TILE_M | x 64    |         | ...                  v   | warp 1: 32        |  accumulators of 4 floats
+//   ratio  +---------+---------+----                      | ...               |
+//          ring of STAGES in shared memory                +-------------------+
+//
+// A code is read from shared memory and decoded by one warp only, once for TILE_M rows.
+//
+// Ladder: 1. dequantize to half in memory, then a half GEMM: 8 times the bytes at 4 bits.  2. Decode in the kernel, to shared memory: the weight
+// passes it three times.  3. The fragment-ordered layout: a lane reads 16 bytes that are its fragments of four steps, decodes them in
+// registers, and hands them to mma; neither ldmatrix nor shuffles, no bank conflicts.  4. lop3 with magic numbers: (code | 0x6400) is the
+// half 1024 + code, (code << 4 | 0x6400) is 1024 + 16 code: 13 instructions for 8 weights. bfloat16 has bits for 128 + code only: 3 more shifts.
+// 5. x by cp.async, in chunks of 16 bytes swizzled by row, and ldmatrix: no bank conflicts.  6. cp.async into a ring of STAGES with one
+// barrier a stage; scales and zero points of a group come with the first stage that needs them, in a ring of their own.
+// 7. Split K where the tiles are fewer than the multiprocessors: sums of floats in a fixed order, by a second kernel.
+//
+// The weight is rounded to x's type once, after the product with its ratio, as the reference rounds it; `row`, the rest of the scale, is a
+// factor of the float sums.
+//
+// Macros: BITS, TILE_M (8, 32, 128), STAGES, BLOCKS (least to a multiprocessor), REAL (type of x), SCALE (type of ratio), OUT (type of y).
+#include "weight_codes.cuh"
+using namespace codes;
+
+constexpr int WARPS = 4, THREADS = 32 * WARPS, TILE_N = 32 * WARPS;
+constexpr int X_BYTES = TILE_M * 128, CODE_BYTES = TILE_N / 64 * SQUARE, STAGE = X_BYTES + CODE_BYTES;
+constexpr int GROUPS = 2 * STAGES;   // of the stages under way at most: a group has 32 inputs or more
+constexpr int RATIO_BYTES = TILE_N * sizeof(SCALE);
+constexpr int LOW = BITS == 8 ? 16 : BITS == 4 ? 8 : 4;   // words of a lane's two tiles in a square
+static_assert(TILE_M == 8 || TILE_M % 16 == 0, "ldmatrix reads 16 rows of x, or 8 for two steps");
+
+struct Matrices {
+  const REAL *x; const unsigned char *packed; const SCALE *ratio; const uint8_t *zeros;
+  int m, k, m0, n0, padded_n, squares, zero; float inverse;
+};
+struct Ring { unsigned char *stages, *ratio, *zeros; };   // STAGES x (x, codes); GROUPS x ratio; GROUPS x zeros
+
+// Starts the copies of square q into `slot` of the ring. `first`: nothing of its first group has been copied yet.
+QG_DEVICE void copy(const Ring &ring, const Matrices &a, int q, int slot, bool first) {
+  unsigned char *stage = ring.stages + slot * STAGE;
+  for (int i = threadIdx.x; i < TILE_M * 8; i += THREADS) {
+    const int row = i / 8, chunk = i % 8, at = 64 * q + 8 * chunk;
+    const bool inside = a.m0 + row < a.m && at < a.k;
+    copy16_async(stage + 128 * row + 16 * (chunk ^ (row & 7)), inside ? a.x + (size_t)(a.m0 + row) * a.k + at : a.x, inside);
+  }
+  for (int i = threadIdx.x; i < CODE_BYTES / 16; i += THREADS) {
+    const int block = i / (SQUARE / 16), n = a.n0 + 64 * block;
+    const bool inside = n < a.padded_n;
+    const size_t square = inside ? (size_t)(n / 64) * a.squares + q : 0;
+    copy16_async(stage + X_BYTES + 16 * i, a.packed + square * SQUARE + i % (SQUARE / 16) * 16, inside);
+  }
+  for (int g = first ? group_of(2 * q, a.inverse) : group_of(2 * q - 1, a.inverse) + 1; g <= group_of(2 * q + 1, a.inverse); g++) {
+    const int i = threadIdx.x;
+    const size_t line = (size_t)g * a.padded_n + a.n0;
+    if (i < RATIO_BYTES / 16) {
+      const int n = i * 16 / sizeof(SCALE);
+      const bool inside = a.n0 + n < a.padded_n;
+      copy16_async(ring.ratio + g % GROUPS * RATIO_BYTES + 16 * i, inside ? a.ratio + line + n : a.ratio, inside);
+    } else if (a.zeros && i >= THREADS - TILE_N / 16) {
+      const int n = 16 * (i - (THREADS - TILE_N / 16));
+      const bool inside = a.n0 + n < a.padded_n;
+      copy16_async(ring.zeros + g % GROUPS * TILE_N + n, inside ? a.zeros + line + n : a.zeros, inside);
+    }
+  }
+}
+
+// weight = (magic number and code - offset) * scale, for outputs 2g and 2g + 1 of a tile: two 16-bit floats each, or (bfloat16 of 8 bits) a float.
+struct Affine { uint32_t offset[2], scale[2]; };
+
+QG_DEVICE Affine affine(const SCALE *ratio, const uint8_t *zeros, int zero) {
+  const float2 s = two_scales(ratio);
+  const Zeros z = zeros ? two_zeros(zeros) : Zeros{zero, zero};
+  if constexpr (BITS == 8 && !IS_HALF<REAL>)
+    return {{bits<uint32_t>(32768.f + z.first), bits<uint32_t>(32768.f + z.second)}, {bits<uint32_t>(s.x), bits<uint32_t>(s.y)}};
+  constexpr float magic = IS_HALF<REAL> ? 1024 : 128;
+  constexpr int up = IS_HALF<REAL> && BITS != 8 ? 16 : 1;   // the second output's codes stay four bits higher
+  return {{both<REAL>(magic + z.first), both<REAL>(magic + up * z.second)}, {both<REAL>(s.x), both<REAL>(s.y / up)}};
+}
+
+// The fragment of (tile j, step s) as 16-bit floats.
+QG_DEVICE void decode(unsigned (&a)[4], const uint32_t *low, const uint32_t *high, int j, int s, const Affine &f) {
+  if constexpr (BITS == 8) {
+    QG_UNROLL for (int i = 0; i < 4; i++) {
+      const uint32_t word = low[8 * j + 2 * s + i / 2];
+      const int o = i & 1;
+      if constexpr (IS_HALF<REAL>) a[i] = __byte_perm(word, 0x64646464u, o ? 0x4342 : 0x4140);
+      else {
+        float v[2];
+        QG_UNROLL for (int e = 0; e < 2; e++) v[e] = (bits<float>(__byte_perm(word, 0x47u, 0x4505u | (2 * o + e) << 4)) - bits<float>(f.offset[o])) * bits<float>(f.scale[o]);
+        a[i] = two<REAL>(v[0], v[1]);
+      }
+    }
+    if constexpr (!IS_HALF<REAL>) return;
+  } else {
+    uint32_t word = nibbles(low, high, j, s);
+    QG_UNROLL for (int i = 0; i < 4; i++) {
+      if constexpr (IS_HALF<REAL>) a[i] = lop3<AND_OR>(i < 2 ? word : word >> 8, i & 1 ? 0x00f000f0u : 0x000f000fu, 0x64006400u);
+      else a[i] = lop3<AND_OR>(word >> 4 * i, 0x000f000fu, 0x43004300u);
+    }
+  }
+  QG_UNROLL for (int i = 0; i < 4; i++) a[i] = mul2<REAL>(sub2<REAL>(a[i], f.offset[i & 1]), f.scale[i & 1]);
+}
+
+using Sums = float[2][TILE_M / 8][4];
+
+// The products of square q, which lies in `slot`.
+QG_DEVICE void multiply(Sums &sum, const Ring &ring, const Matrices &a, int q, int slot) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, n = 32 * warp + 2 * (lane >> 2);
+  const unsigned char *stage = ring.stages + slot * STAGE, *square = stage + X_BYTES + warp / 2 * SQUARE + 16 * lane;
+  uint32_t low[LOW], high[2];
+  QG_UNROLL for (int v = 0; v < LOW / 4; v++) {
+    const uint4 raw = load16(square + (warp % 2 * (LOW / 4) + v) * VECTOR);
+    low[4 * v] = raw.x, low[4 * v + 1] = raw.y, low[4 * v + 2] = raw.z, low[4 * v + 3] = raw.w;
+  }
+  if constexpr (BITS == 3) {
+    const uint4 raw = load16(square + 2 * VECTOR);
+    high[0] = warp % 2 ? raw.z : raw.x, high[1] = warp % 2 ? raw.w : raw.y;
+  }
+  QG_UNROLL for (int h = 0; h < 2; h++) {   // 32 inputs: within one group
+    const int group = group_of(2 * q + h, a.inverse) % GROUPS;
+    Affine f[2];
+    QG_UNROLL for (int j = 0; j < 2; j++)
+      f[j] = affine(reinterpret_cast<const SCALE *>(ring.ratio + group * RATIO_BYTES) + n + 16 * j, a.zeros ? ring.zeros + group * TILE_N + n + 16 * j : nullptr, a.zero);
+    if constexpr (TILE_M == 8) {
+      unsigned b[4];   // chunks 4h .. 4h + 3: both steps
+      ldmatrix4(b, stage + 128 * (lane & 7) + 16 * ((4 * h + lane / 8) ^ (lane & 7)));
+      QG_UNROLL for (int i = 0; i < 2; i++) QG_UNROLL for (int j = 0; j < 2; j++) {
+        unsigned w[4];
+        decode(w, low, high, j, 2 * h + i, f[j]);
+        mma_float<REAL>(sum[j][0], w, {b[2 * i], b[2 * i + 1]});
+      }
+    } else {
+      QG_UNROLL for (int s = 2 * h; s < 2 * h + 2; s++) {
+        unsigned w[2][4];
+        QG_UNROLL for (int j = 0; j < 2; j++) decode(w[j], low, high, j, s, f[j]);
+        QG_UNROLL for (int p = 0; p < TILE_M / 16; p++) {   // rows 16p .. + 7 and + 8 .. + 15, chunks 2s and 2s + 1
+          unsigned b[4];
+          ldmatrix4(b, stage + 128 * (16 * p + lane / 16 * 8 + (lane & 7)) + 16 * ((2 * s + lane / 8 % 2) ^ (lane & 7)));
+          QG_UNROLL for (int j = 0; j < 2; j++) {
+            mma_float<REAL>(sum[j][2 * p], w[j], {b[0], b[1]});
+            mma_float<REAL>(sum[j][2 * p + 1], w[j], {b[2], b[3]});
+          }
+        }
+      }
+    }
+  }
+}
+
+// Outputs at and at + 1 of a row of n. `aligned`: rows begin at multiples of two outputs.
+template <class Out> QG_DEVICE void put(Out *row, int at, int n, bool aligned, float first, float second) {
+  if (aligned && at + 1 < n) {
+    if constexpr (sizeof(Out) == 4) store8(row + at, bits<uint2>(make_float2(first, second)));
+    else store4(row + at, two<Out>(first, second));
+  } else {
+    if (at < n) row[at] = from_float<Out>(first);
+    if (at + 1 < n) row[at + 1] = from_float<Out>(second);
+  }
+}
+
+QG_KERNEL __launch_bounds__(THREADS, BLOCKS) weight_gemm(const REAL *__restrict__ x, const unsigned char *__restrict__ packed, const SCALE *__restrict__ ratio,
+                                                         const uint8_t *__restrict__ zeros, const float *__restrict__ row, const float *__restrict__ bias,
+                                                         OUT *__restrict__ y, float *__restrict__ partial, int m, int n, int k, int per_group, int zero, int squares) {
+  QG_DYNAMIC_SHARED(shared);
+  const Ring ring{shared, shared + STAGES * STAGE, shared + STAGES * STAGE + GROUPS * RATIO_BYTES};
+  const int all_squares = (k + 63) / 64, begin = blockIdx.z * squares, end = min(begin + squares, all_squares);
+  const Matrices a{x, packed, ratio, zeros, m, k, int(blockIdx.x) * TILE_M, int(blockIdx.y) * TILE_N, (n + 63) & ~63, all_squares, zero, 1.f / per_group};
+
+  Sums sum = {};
+  QG_UNROLL for (int i = 0; i < STAGES - 1; i++) {
+    if (begin + i < end) copy(ring, a, begin + i, i, i == 0);
+    copy_commit();
+  }
+  for (int q = begin, slot = 0; q < end; q++) {
+    copy_wait<STAGES - 2>();
+    __syncthreads();   // square q has arrived for all; square q - 1, whose place comes next, has been read by all
+    const int next = q + STAGES - 1;
+    if (next < end) copy(ring, a, next, slot == 0 ? STAGES - 1 : slot - 1, false);
+    copy_commit();
+    multiply(sum, ring, a, q, slot);
+    slot = slot == STAGES - 1 ? 0 : slot + 1;
+  }
+  copy_wait<0>();
+
+  const int lane = threadIdx.x & 31, n0 = a.n0 + 32 * (threadIdx.x >> 5) + 2 * (lane >> 2), m0 = a.m0 + 2 * (lane & 3);
+  QG_UNROLL for (int j = 0; j < 2; j++) {
+    const int at = n0 + 16 * j;
+    if (at >= n) continue;
+    const float2 scale = bits<float2>(load8(row + at)), shift = bias ? bits<float2>(load8(bias + at)) : float2{0, 0};
+    QG_UNROLL for (int i = 0; i < TILE_M / 8; i++) QG_UNROLL for (int e = 0; e < 2; e++) {
+      const int token = m0 + 8 * i + e;
+      if (token >= m) continue;
+      const float first = sum[j][i][e], second = sum[j][i][2 + e];
+      if (partial) put(partial + ((size_t)blockIdx.z * m + token) * n, at, n, n % 2 == 0, first, second);
+      else put(y + (size_t)token * n, at, n, n % 2 == 0, first * scale.x + shift.x, second * scale.y + shift.y);
+    }
+  }
+}
