@@ -7,6 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -43,6 +44,24 @@ def test_constants_stay_in_memory_up_to_a_limit_and_make_room_when_they_die(monk
     assert not spill.is_mapped(spill.settled(torch.zeros(1000)))
     del first[:2]
     assert not spill.is_mapped(spill.settled(torch.zeros(2**19)))
+
+
+def test_a_view_of_other_memory_stays_with_it(monkeypatch):
+    monkeypatch.setattr(spill, "HELD", 0)
+    x = torch.zeros(2**10, 2**8)
+    assert spill.settled(x.T).data_ptr() == x.data_ptr() != spill.settled(x).data_ptr()
+
+
+def test_memory_counts_as_long_as_its_owner_lives():
+    gc.collect()
+    before, array = spill._held, np.zeros(2**18, np.float32)
+    found = spill.settled(torch.from_numpy(array), owner=array).numpy()
+    del array
+    gc.collect()
+    assert spill._held == before + 2**20
+    del found
+    gc.collect()
+    assert spill._held == before
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts open files in /proc")

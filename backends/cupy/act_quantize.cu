@@ -39,8 +39,9 @@ struct Gated {
     }
     return narrow(g);
   }
-  QG_DEVICE uint4 any(const Row &row, int j) const {   // act(0) = 0 where the row is not
-    return of(row.load(gate, j), up ? row.load(up, j) : uint4{});
+  QG_DEVICE float element(int e) const {
+    float y = act(to_float(gate[e]));
+    return rounded(up ? rounded(y) * to_float(up[e]) : y);
   }
 };
 
@@ -58,6 +59,6 @@ QG_KERNEL __launch_bounds__(BLOCK) act_quantize(const REAL *gate, const REAL *up
     other[i] = up ? load16_stream(y.up + j * V) : uint4{};
   });
   each_kept(row, [&](int i, int) { kept[i] = y.of(kept[i], other[i]); });
-  auto again = [&](int j) { return y.any(row, j); };
-  quantize_row(index, row, kept, again, Quantization{q, scale, zero, sums, given_scale, given_zero, every, low, high, symmetric});
+  auto element = [&](int e) { return y.element(e); };
+  quantize_row(index, row, kept, element, Quantization{q, scale, zero, sums, given_scale, given_zero, every, low, high, symmetric});
 }

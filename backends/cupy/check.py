@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
@@ -19,14 +19,16 @@ from rich.console import Console
 from rich.table import Table
 
 from qgraph.backends.cupy.compiling import cubin
-from qgraph.backends.cupy.launch import Kernel
+from qgraph.backends.cupy.launch import TYPES, Kernel
 from qgraph.backends.cupy.resources import MULTIPROCESSORS, Usage, usages
 from qgraph.errors import LoweringError, nearest
 
 ARCHS = (80, 90, 120)
 
-FAMILIES = ("quantizing", "norm_quantize", "w8a8", "weight_only", "embedding", "kv_cache")
+FAMILIES = ("quantizing", "norm_quantize", "act_quantize", "w8a8", "weight_only", "embedding", "kv_cache")
 """The modules of this package with a tuple KERNELS: every configuration that a launch may choose."""
+
+ELEMENTS = frozenset({*TYPES.values(), "int8_t", "uint8_t"})
 
 
 @dataclass(frozen=True)
@@ -85,37 +87,45 @@ def configuration(kernel: Kernel) -> str:
     return " ".join(f"{k}={v}" for k, v in kernel.defines)
 
 
+def shape(kernel: Kernel) -> str:
+    """Its configuration without the types of elements."""
+    return " ".join(f"{k}={v}" for k, v in kernel.defines if v not in ELEMENTS)
+
+
 Row = tuple[str, ...]
-
-
-def rows(checked: Iterable[Checked]) -> list[Row]:
-    """A row for each kernel: name, configuration, threads, shared bytes, and by architecture "registers / blocks"; then what it holds."""
-    by_kernel: dict[Kernel, list[Checked]] = {}
-    for c in checked:
-        by_kernel.setdefault(c.kernel, []).append(c)
-    return [_row(kernel, compiled) for kernel, compiled in by_kernel.items()]
-
-
-def _row(kernel: Kernel, compiled: Sequence[Checked]) -> Row:
-    first = compiled[0].usage
-    return (
-        kernel.name,
-        configuration(kernel),
-        str(first.threads),
-        str(first.shared + kernel.shared),
-        *(f"{c.usage.registers} / {c.blocks}" for c in compiled),
-        " ".join(i for i in kernel.expects if all(c.usage.has(i) for c in compiled)),
-    )
 
 
 def header(archs: Sequence[int]) -> Row:
     return ("kernel", "configuration", "threads", "shared", *(f"sm_{a}" for a in archs), "instructions")
 
 
+def rows(checked: Iterable[Checked], label: Callable[[Kernel], str] = configuration) -> list[Row]:
+    """Name, configuration, threads, bytes of shared memory, for each architecture "registers / blocks", the instructions that it holds. Kernels
+    with one label share a row: the most registers and bytes, the fewest blocks."""
+    found: dict[tuple[str, str], list[Checked]] = {}
+    for c in checked:
+        found.setdefault((c.kernel.name, label(c.kernel)), []).append(c)
+    return [(*title, *_cells(group)) for title, group in found.items()]
+
+
+def _cells(group: Sequence[Checked]) -> Row:
+    by_arch = [[c for c in group if c.arch == arch] for arch in dict.fromkeys(c.arch for c in group)]
+    return (
+        str(max(c.usage.threads for c in group)),
+        str(max(c.usage.shared + c.kernel.shared for c in group)),
+        *(f"{max(c.usage.registers for c in some)} / {min(c.blocks for c in some)}" for some in by_arch),
+        " ".join(i for i in group[0].kernel.expects if all(c.usage.has(i) for c in group)),
+    )
+
+
 def markdown(checked: Iterable[Checked], archs: Sequence[int] = ARCHS) -> str:
-    """The table of backends/README.md."""
+    """The table of backends/README.md: a row for all element types of a configuration."""
     title = header(archs)
-    lines = [title, tuple("---" for _ in title), *((f"`{name}`", f"`{how}`" if how else "", *rest) for name, how, *rest in rows(checked))]
+    lines = [
+        title,
+        tuple("---" for _ in title),
+        *((f"`{name}`", f"`{how}`" if how else "", *rest) for name, how, *rest in rows(checked, shape)),
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -12,8 +11,8 @@ from qgraph.errors import LoweringError
 
 FLAGS = ("--std=c++17", "-default-device")
 OLDEST = 75
-_ONE_AT_A_TIME = Lock()
-"""Threads that start NVRTC at once find its libnvrtc-builtins missing (13.0)."""
+_LOADING = Lock()
+"""While one thread has CuPy load NVRTC, another one would find it there, but not yet its libnvrtc-builtins (CuPy 14.2)."""
 
 
 def nvrtc() -> Any:
@@ -36,17 +35,16 @@ def cubin(file: str, defines: tuple[tuple[str, str], ...], arch: int, folder: Pa
         raise LoweringError(f"{file}: sm_{arch} is too old for the kernels; they need sm_{OLDEST} or newer")
     text = source(file, folder)
     flags = [*FLAGS, f"-arch=sm_{arch}", *(f"-D{k}={v}" for k, v in defines)]
-    target = kept("cubin", ".cubin", text, *flags, ".".join(map(str, _version())))
-    with _ONE_AT_A_TIME:
-        if not whole(target):
-            keep(target, _compile(file, (folder / file).read_text(), [*flags, *(f"-I{f}" for f in include_folders())]))
+    target = kept("cubin", ".cubin", text, *flags, _version())
+    if not whole(target):
+        keep(target, _compile(file, (folder / file).read_text(), [*flags, *(f"-I{f}" for f in include_folders())]))
     return target
 
 
-@cache
-def _version() -> tuple[int, int]:
-    major, minor = nvrtc().getVersion()
-    return int(major), int(minor)
+def _version() -> str:
+    with _LOADING:
+        major, minor = nvrtc().getVersion()
+    return f"{major}.{minor}"
 
 
 def _compile(file: str, text: str, flags: list[str]) -> bytes:

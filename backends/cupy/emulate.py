@@ -25,7 +25,7 @@ from qgraph.backends.cupy.profile import Place, Profile
 from qgraph.backends.cupy.toolchain import HERE, cuda_include, include_folders, keep, kept, source, whole
 from qgraph.errors import LoweringError
 
-FLAGS = ("-std=c++17", "-O2", "-march=x86-64-v3", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-w")
+FLAGS = ("-std=c++17", "-O2", "-march=x86-64-v3", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-fvisibility=hidden", "-w")
 CHECKED = "-DQG_CHECKED"
 HOOKS = (CHECKED, "-fsanitize=thread", "-g1", "-gdwarf-4")
 KERNEL = re.compile(r"QG_KERNEL\s+(?:__launch_bounds__\s*\([^)]*\)\s*)?(\w+)\s*\(")

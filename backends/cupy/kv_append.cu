@@ -17,7 +17,7 @@
 #include "qg.cuh"
 using namespace qg;
 
-constexpr int SEGMENT = 16 / sizeof(REAL);                 // values of one 16-byte load
+constexpr int SEGMENT = 16 / sizeof(REAL);              // values of one 16-byte load
 constexpr int LOADS = HEAD_DIM / SEGMENT;               // of a row
 constexpr int LANES = LOADS <= 4 ? 4 : LOADS <= 8 ? 8 : LOADS <= 16 ? 16 : 32;
 constexpr int SEGMENTS = (LOADS + LANES - 1) / LANES;   // of a lane
@@ -36,13 +36,14 @@ QG_DEVICE Range range(float low, float high, int symmetric) {
   return {scale, zero != zero ? (float)TOP : rintf(fminf(fmaxf(zero, 0.0f), (float)TOP))};   // 0 / 0 is the largest
 }
 
-QG_KERNEL __launch_bounds__(THREADS) kv_append(const REAL *k, const REAL *v, unsigned char *codes, REAL *params, const int *lengths, int symmetric, int rows,
-                                               int step, int heads, int capacity, int repeat) {
+QG_KERNEL __launch_bounds__(THREADS) kv_append(const REAL *k, const REAL *v, unsigned char *codes, REAL *params, const int *lengths,
+                                               int symmetric, int rows, int step, int heads, int capacity, int repeat) {
   // Lane i keeps the books of row `first + i` of the warp's GROUPS * repeat: tokens of a head follow each other, as they do in the cache.
   int lane = threadIdx.x % 32, part = lane % LANES, first = (blockIdx.x * WARPS + threadIdx.x / 32) * GROUPS * repeat;
   int row = min(first + lane, rows - 1), token = row % step, head = row / step % heads, b = row / step / heads, batch = rows / step / heads;
   int position = lane < GROUPS * repeat && first + lane < rows ? lengths[b] + token : capacity;
-  long long source = ((long long)b * step + token) * heads + head, place = (((long long)blockIdx.y * batch + b) * heads + head) * capacity + position;
+  long long source = ((long long)b * step + token) * heads + head;
+  long long place = (((long long)blockIdx.y * batch + b) * heads + head) * capacity + position;
   if (position >= capacity) place = -1;   // the caller keeps count; this only protects what lies behind the cache
   Range kept = {0.0f, 0.0f};
 
@@ -71,7 +72,8 @@ QG_KERNEL __launch_bounds__(THREADS) kv_append(const REAL *k, const REAL *v, uns
       int index = (s * LANES + part) * SEGMENT;
       if (index >= HEAD_DIM || to < 0) continue;
       unsigned packed[2] = {0, 0};
-      QG_UNROLL for (int i = 0; i < SEGMENT; i++) packed[i * BITS / 32] |= (unsigned)quantize(x[s][i], r.scale, r.zero, 0, TOP) << i * BITS % 32;
+      QG_UNROLL for (int i = 0; i < SEGMENT; i++)
+        packed[i * BITS / 32] |= (unsigned)quantize(x[s][i], r.scale, r.zero, 0, TOP) << i * BITS % 32;
       unsigned char *at = codes + to * ROW + index * BITS / 8;
       if (SEGMENT * BITS == 64) store8(at, make_uint2(packed[0], packed[1]));
       else if (SEGMENT * BITS == 32) store4(at, packed[0]);

@@ -2,33 +2,34 @@
 //
 //   out = softmax(q . dequantize(K)^T * scale) . dequantize(V)
 //
-//   q, out   REAL [batch, queries, kv_heads * group, HEAD_DIM]   the last of the queries sees all tokens, the one before it one token less
+//   q, out  REAL [batch, queries, kv_heads * group, HEAD_DIM]   the last query sees all tokens, the one before it all but one, ...
 //   tokens  min(lengths[b] + fresh, capacity) of sequence b
 //
-// Partition: a block does some tokens of one kv head for all its rows, the group x queries vectors that attend to this head, so that each
-// byte of the cache is read once (up to ROWS = 8 TILES rows; a slice of ROWS rows a block beyond). A warp takes every fourth step of 16:
+// Partition: a block does some tokens of one kv head for all its rows, the group x queries vectors that attend to this head, so that
+// each byte of the cache is read once (up to ROWS = 8 TILES rows; beyond, slices of ROWS rows). A warp takes every fourth step of 16:
 //
-//   blockIdx.x = split:   tokens  | split 0            | split 1            | ...          blockIdx.y = kv head and slice, blockIdx.z = b
-//   warps of a block:             |0000|1111|2222|3333|0000|1111| ...                      (one digit: 4 tokens)
+//   blockIdx.x = split:   tokens  | split 0            | split 1            | ...       blockIdx.y = kv head and slice, blockIdx.z = b
+//   warps of a block:             |0000|1111|2222|3333|0000|1111| ...                   (one digit: 4 tokens)
 //
-// Each warp has its own ring of STAGES steps in shared memory, filled by cp.async: 16 tokens x ROW bytes lie side by side, so that 32 lanes
-// copy 512 consecutive bytes whatever HEAD_DIM is, and warps never wait for each other before the end. Rows in shared memory are an odd number
-// of 16-byte chunks apart: 8 rows x 16 bytes (keys) and 4 even rows x 32 bytes (values) are each all 32 banks once.
+// Each warp has its own ring of STAGES steps in shared memory, filled by cp.async: 16 tokens x ROW bytes lie side by side, so that 32
+// lanes copy whole sectors whatever HEAD_DIM is, and warps never wait for each other before the end. Rows in shared memory are an odd
+// number of 16-byte chunks apart: 8 rows x 16 bytes (keys) and 4 even rows x 32 bytes (values) are each all 32 banks once.
 //
-// Both products run on tensor cores with the cache as the A operand of mma.m16n8k16, tokens (then dimensions) as the 16 rows, attending rows
-// as the 8 columns, so that a group of 4 or 8 wastes little; their order of k is ours to choose, so a word of codes is one lane's share:
+// Both products run on tensor cores with the cache as the A operand of mma.m16n8k16: tokens (then dimensions) are the 16 rows, attending
+// rows the 8 columns, so that a group of 4 or 8 wastes little. Their order of k is ours to choose, so a word of codes is a lane's share:
 //
-//   scores [16 tokens, 8] = K [16, d] . Q^T        a word of a key row = 4 (8) values of k; Q is permuted alike, once, and stays in registers
-//   out^T  [16 of d, 8]  += V^T [d, 16 tokens] . P^T      words of 4 tokens, interleaved by byte permutes; P through movmatrix
+//   scores [16 tokens, 8] = K [16, d] . Q^T           a word of a key row = 4 (8) values of k; Q, permuted alike, stays in registers
+//   out^T  [16 of d, 8]  += V^T [d, 16 tokens] . P^T  words of 4 tokens, interleaved by byte permutes; P through movmatrix
 //
-// Codes become halves without conversions: 1024 + code is code | 0x6400, and 1024 + zero is subtracted exactly, two values an instruction. The
-// scale of a key multiplies the score, that of a value the probability. The online maximum is that of p * v_scale, so that what is rounded to
-// half lies below 2**15 for any scales; it is brought up to date only where one of the warp's rows outgrows it eight times. Float q (and then
-// p) is two halves, high and low.
+// Codes become halves without conversions: 1024 + code is code | 0x6400, and 1024 + zero is subtracted exactly, two values an
+// instruction. The scale of a key multiplies the score, that of a value the probability. The online maximum is that of p * v_scale, so
+// that what is rounded to half lies below 2**15 for any scales; it is brought up to date only where a row outgrows it eight times.
+// Float q (and then p) is two halves, high and low.
 //
-// Ladder: 1. dequantize the cache, then torch: 4 to 9 times the bytes. 2. a warp per query head with fp32 products: the cache read `group`
-// times, 2 conversions and FMAs per code and head. 3. a block per kv head: read once, bound by FMAs at int4 with groups of 4 or more. 4. tensor
-// cores with heads as the 16 rows: half of the accumulators idle. 5. this, tokens as rows. Splits are merged in order (kv_merge): deterministic.
+// Ladder: 1. dequantize the cache, then torch: 4 to 9 times the bytes. 2. a warp per query head with fp32 products: the cache is read
+// `group` times, with a conversion and an FMA per code and head. 3. a block per kv head: read once, but bound by FMAs at int4 with groups
+// of 4 or more. 4. tensor cores with heads as the 16 rows: half of the accumulators idle. 5. this, tokens as rows. Splits are merged in
+// order (kv_merge), so that results do not depend on which block is first (T. Dao et al., "Flash-Decoding for long-context inference").
 #include "qg.cuh"
 using namespace qg;
 
@@ -97,9 +98,11 @@ QG_DEVICE void read(float (&out)[WORD], const REAL *p) {   // WORD neighbours, 8
   QG_UNROLL for (int i = 0; i < WORD; i++) out[i] = to_float(values[i]);
 }
 
+QG_DEVICE uint4 words(float4 v) { return make_uint4(bits<unsigned>(v.x), bits<unsigned>(v.y), bits<unsigned>(v.z), bits<unsigned>(v.w)); }
+
 QG_DEVICE void write(REAL *p, float4 v) {   // four neighbours
   REAL values[4] = {from_float<REAL>(v.x), from_float<REAL>(v.y), from_float<REAL>(v.z), from_float<REAL>(v.w)};
-  if (sizeof(REAL) == 4) store16(p, make_uint4(bits<unsigned>(v.x), bits<unsigned>(v.y), bits<unsigned>(v.z), bits<unsigned>(v.w)));
+  if (sizeof(REAL) == 4) store16(p, words(v));
   else {
     uint2 raw;
     memcpy(&raw, values, 8);
@@ -107,12 +110,16 @@ QG_DEVICE void write(REAL *p, float4 v) {   // four neighbours
   }
 }
 
-// --- a warp's copy of 16 tokens into its ring; rows of tokens from `end` on become zeros
+// --- a warp's copy of 16 tokens into its ring; rows of tokens from `end` on become zeros. Eight lanes write to shared memory at once: a
+// piece of a row or of rows that touch; where rows are padded and no multiple of 8 chunks, one chunk each of 8 rows.
 struct Cache { const unsigned char *codes[2], *params[2]; };   // keys and values of one head of one sequence
 QG_DEVICE void fetch(unsigned char *stage, const Cache &cache, int token, int end, int lane) {
   QG_UNROLL for (int j = 0; j < CHUNKS; j++) {
-    int e = 32 * j + lane, row = e / CHUNKS, chunk = e % CHUNKS, t = token + row % STEP;
-    copy16_async(stage + row * STRIDE + 16 * chunk, (row < STEP ? cache.codes[0] : cache.codes[1]) + (size_t)t * ROW + 16 * chunk, t < end);
+    int e = 32 * j + lane, row = e / CHUNKS, chunk = e % CHUNKS;
+    if (CHUNKS % 2 == 0 && CHUNKS % 8) row = e / 8 / CHUNKS * 8 + e % 8, chunk = e / 8 % CHUNKS;
+    int t = token + row % STEP;
+    const unsigned char *from = (row < STEP ? cache.codes[0] : cache.codes[1]) + (size_t)t * ROW + 16 * chunk;
+    copy16_async(stage + row * STRIDE + 16 * chunk, from, t < end);
   }
   constexpr int EACH = STEP * PARAM / 16;
   if (lane < 2 * EACH) {
@@ -166,7 +173,8 @@ QG_DEVICE void score(float (&s)[TILES][4], const Attending &rows, const unsigned
       }
     }
   }
-  QG_UNROLL for (int n = 0; n < TILES; n++) QG_UNROLL for (int i = 0; i < 4; i++) s[n][i] *= (i < 2 ? lower.scale : upper.scale) * rows.factor[n][i % 2];
+  QG_UNROLL for (int n = 0; n < TILES; n++) QG_UNROLL for (int i = 0; i < 4; i++)
+    s[n][i] *= (i < 2 ? lower.scale : upper.scale) * rows.factor[n][i % 2];
 }
 
 // Scores -> weights p * v_scale in s, with the maximum and all that is measured by it brought up to date where it is outgrown.
@@ -197,7 +205,10 @@ QG_DEVICE void weigh(float (&s)[TILES][4], Attending &rows, const unsigned char 
 QG_DEVICE void add_values(Attending &rows, const float (&weight)[TILES][4], const unsigned char *stage, int g, int c) {
   const unsigned char *params = stage + 2 * STEP * STRIDE + STEP * PARAM, *values = stage + STEP * STRIDE;
   Zero zero[2];   // tokens 2c, 2c + 1 and 2c + 8, 2c + 9
-  QG_UNROLL for (int r = 0; r < 2; r++) zero[r] = zeros(param(params + (2 * c + 8 * r) * PARAM).zero, param(params + (2 * c + 8 * r + 1) * PARAM).zero);
+  QG_UNROLL for (int r = 0; r < 2; r++) {
+    const unsigned char *pair = params + (2 * c + 8 * r) * PARAM;
+    zero[r] = zeros(param(pair).zero, param(pair + PARAM).zero);
+  }
   unsigned p[TILES][PARTS][2];
   QG_UNROLL for (int n = 0; n < TILES; n++) QG_UNROLL for (int r = 0; r < 2; r++) {
     unsigned halves[PARTS];
@@ -205,8 +216,8 @@ QG_DEVICE void add_values(Attending &rows, const float (&weight)[TILES][4], cons
     QG_UNROLL for (int part = 0; part < PARTS; part++) p[n][part][r] = transpose8(halves[part]);
   }
   QG_UNROLL for (int i = 0; i < SPANS; i++) {
-    int word = 8 * i + g;
-    const unsigned char *from = values + 2 * c * STRIDE + 4 * (word < ROW / 4 ? word : 0);
+    // The last words of an odd number of chunks are the next row's (or the first params): they end up in dimensions that nobody reads.
+    const unsigned char *from = values + 2 * c * STRIDE + 4 * (8 * i + g);
     unsigned codes[2][WORD];   // [tokens][dimension]: the two tokens of a register, minus their zero points
     QG_UNROLL for (int r = 0; r < 2; r++) {
       unsigned first = load4(from + 8 * r * STRIDE), second = load4(from + (8 * r + 1) * STRIDE), half[PAIRS];
@@ -217,7 +228,8 @@ QG_DEVICE void add_values(Attending &rows, const float (&weight)[TILES][4], cons
     }
     QG_UNROLL for (int t = 0; t < PAIRS; t++) {
       unsigned a[4] = {codes[0][2 * t], codes[0][2 * t + 1], codes[1][2 * t], codes[1][2 * t + 1]};
-      QG_UNROLL for (int n = 0; n < TILES; n++) QG_UNROLL for (int part = 0; part < PARTS; part++) mma_float<__half>(rows.out[n][i * PAIRS + t], a, p[n][part]);
+      QG_UNROLL for (int n = 0; n < TILES; n++) QG_UNROLL for (int part = 0; part < PARTS; part++)
+        mma_float<__half>(rows.out[n][i * PAIRS + t], a, p[n][part]);
     }
   }
 }
@@ -225,12 +237,16 @@ QG_DEVICE void add_values(Attending &rows, const float (&weight)[TILES][4], cons
 // The warps' rows to shared memory: sums [WARPS][ROWS][PITCH], then (maximum, sum) [WARPS][ROWS][2].
 QG_DEVICE void put(unsigned char *shared, Attending &rows, int warp, int g, int c) {
   float *sums = (float *)shared + warp * ROWS * PITCH, *tops = (float *)shared + WARPS * ROWS * PITCH + warp * ROWS * 2;
+  bool turned = PAIRS == 4 && g % 2;   // of two pieces, odd lanes store the second first: else they would meet the banks of even lanes
   QG_UNROLL for (int n = 0; n < TILES; n++) QG_UNROLL for (int j = 0; j < 2; j++) {
     int row = 8 * n + 2 * c + j;
     QG_UNROLL for (int i = 0; i < SPANS; i++) QG_UNROLL for (int t = 0; t < PAIRS; t += 2) {
-      const float *x = rows.out[n][i * PAIRS + t], *y = rows.out[n][i * PAIRS + t + 1];
-      float *to = sums + row * PITCH + (8 * i + g) * WORD + 2 * t;
-      store16(to, make_uint4(bits<unsigned>(x[j]), bits<unsigned>(x[2 + j]), bits<unsigned>(y[j]), bits<unsigned>(y[2 + j])));
+      unsigned piece[4];
+      QG_UNROLL for (int d = 0; d < 4; d++) {
+        int tile = i * PAIRS + t + d / 2, e = 2 * (d % 2) + j;
+        piece[d] = bits<unsigned>(turned ? rows.out[n][PAIRS == 4 ? tile ^ 2 : tile][e] : rows.out[n][tile][e]);
+      }
+      store16(sums + row * PITCH + (8 * i + g) * WORD + 2 * (turned ? t ^ 2 : t), make_uint4(piece[0], piece[1], piece[2], piece[3]));
     }
     float sum = rows.sum[n][j];
     QG_UNROLL for (int o = 4; o < 32; o <<= 1) sum += __shfl_xor_sync(ALL, sum, o);
@@ -238,8 +254,7 @@ QG_DEVICE void put(unsigned char *shared, Attending &rows, int warp, int g, int 
   }
 }
 
-// Four neighbours of the sum of `count` partial results, with the maximum and the sum of all; (maximum, sum) and the results lie `apart` floats
-// apart.
+// Four neighbours of the sum of `count` partial results, which lie sums_apart floats apart, with the maximum and the sum of all of them.
 struct Merged { float4 v; float top, sum; };
 QG_DEVICE Merged merge(const float *tops, int tops_apart, const float *sums, int sums_apart, int count) {
   Merged all = {{0.0f, 0.0f, 0.0f, 0.0f}, NOTHING, 0.0f};
@@ -249,7 +264,8 @@ QG_DEVICE Merged merge(const float *tops, int tops_apart, const float *sums, int
     uint4 v = load16(sums + (size_t)i * sums_apart);
     float weight = exp2f(bits<float>(pair.x) - all.top);
     all.sum += weight * bits<float>(pair.y);
-    all.v.x += weight * bits<float>(v.x), all.v.y += weight * bits<float>(v.y), all.v.z += weight * bits<float>(v.z), all.v.w += weight * bits<float>(v.w);
+    all.v.x += weight * bits<float>(v.x), all.v.y += weight * bits<float>(v.y);
+    all.v.z += weight * bits<float>(v.z), all.v.w += weight * bits<float>(v.w);
   }
   return all;
 }
@@ -258,23 +274,29 @@ QG_DEVICE float4 quotient(const Merged &m) {   // a sequence without tokens give
   return {m.v.x * r, m.v.y * r, m.v.z * r, m.v.w * r};
 }
 
-// With one split (gridDim.x) the result goes to out; else to partial [batch * kv_heads * group * queries, splits, HEAD_DIM] and tops [.., 2].
-QG_KERNEL __launch_bounds__(THREADS) kv_attention(const REAL *q, const unsigned char *codes, const REAL *params, const int *lengths, REAL *out, float *partial,
-                                                  float *tops, float scale, int fresh, int kv_heads, int group, int queries, int capacity) {
+// Row r of a kv head, in q and out: query r / group, head r % group of the group.
+struct Shape { int kv_heads, group, queries; };
+QG_DEVICE size_t vector(const Shape &shape, int b, int head, int r) {
+  return (((size_t)b * shape.queries + r / shape.group) * shape.kv_heads * shape.group + head * shape.group + r % shape.group) * HEAD_DIM;
+}
+
+// With one split (gridDim.x) the result goes to out; else to partial [batch, kv_heads, group * queries, splits, HEAD_DIM] and tops [.., 2].
+QG_KERNEL __launch_bounds__(THREADS) kv_attention(const REAL *q, const unsigned char *codes, const REAL *params, const int *lengths,
+                                                  REAL *out, float *partial, float *tops, float scale, int fresh, int kv_heads, int group,
+                                                  int queries, int capacity) {
   QG_DYNAMIC_SHARED(shared);
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = lane % 4;
+  Shape shape = {kv_heads, group, queries};
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = lane % 4, b = blockIdx.z;
   int slices = gridDim.y / kv_heads, head = blockIdx.y / slices, first = blockIdx.y % slices * ROWS, count = min(group * queries - first, ROWS);
-  int b = blockIdx.z, tokens = min(lengths[b] + fresh, capacity), each = share(tokens, gridDim.x);
+  int tokens = min(lengths[b] + fresh, capacity), each = share(tokens, gridDim.x);
   int begin = blockIdx.x * each, end = min(begin + each, tokens);
   if (begin >= tokens && blockIdx.x) return;   // block 0 stays, for a sequence without tokens
 
   Attending rows;
   QG_UNROLL for (int n = 0; n < TILES; n++) {
-    int row = first + 8 * n + g, query = row / group;
     bool exists = 8 * n + g < count;
-    const REAL *from = exists ? q + (((size_t)b * queries + query) * kv_heads * group + head * group + row % group) * HEAD_DIM : nullptr;
-    float unit = load_query(rows.q[n], from, c) * scale * LOG2E;
-    int limit = exists ? tokens - (queries - 1 - query) : 0;
+    int row = exists ? first + 8 * n + g : 0, limit = exists ? tokens - (queries - 1 - row / group) : 0;
+    float unit = load_query(rows.q[n], exists ? q + vector(shape, b, head, row) : nullptr, c) * scale * LOG2E;
     QG_UNROLL for (int j = 0; j < 2; j++) {
       rows.factor[n][j] = __shfl_sync(ALL, unit, 4 * (2 * c + j));
       rows.limit[n][j] = __shfl_sync(ALL, limit, 4 * (2 * c + j));
@@ -283,8 +305,9 @@ QG_KERNEL __launch_bounds__(THREADS) kv_attention(const REAL *q, const unsigned 
     QG_UNROLL for (int t = 0; t < TILES_OUT; t++) QG_UNROLL for (int i = 0; i < 4; i++) rows.out[n][t][i] = 0.0f;
   }
 
-  size_t row = ((size_t)b * kv_heads + head) * capacity, plane = (size_t)gridDim.z * kv_heads * capacity;
-  Cache cache = {{codes + row * ROW, codes + (plane + row) * ROW}, {(const unsigned char *)params + row * PARAM, (const unsigned char *)params + (plane + row) * PARAM}};
+  size_t row = ((size_t)b * kv_heads + head) * capacity, plane = (size_t)gridDim.z * kv_heads * capacity;   // of keys, of values
+  const unsigned char *pairs = (const unsigned char *)params;
+  Cache cache = {{codes + row * ROW, codes + (plane + row) * ROW}, {pairs + row * PARAM, pairs + (plane + row) * PARAM}};
   unsigned char *ring = shared + warp * STAGES * STAGE;
   int steps = (end - begin - warp * STEP + ROUND - 1) / ROUND, start = begin + warp * STEP;
   QG_UNROLL for (int s = 0; s < STAGES - 1; s++) {
@@ -313,21 +336,24 @@ QG_KERNEL __launch_bounds__(THREADS) kv_attention(const REAL *q, const unsigned 
     const float *sums = (const float *)shared;
     Merged m = merge(sums + WARPS * ROWS * PITCH + 2 * r, 2 * ROWS, sums + r * PITCH + d, ROWS * PITCH, WARPS);
     if (gridDim.x == 1) {
-      write(out + (((size_t)b * queries + whole / group) * kv_heads * group + head * group + whole % group) * HEAD_DIM + d, quotient(m));
+      write(out + vector(shape, b, head, whole) + d, quotient(m));
       continue;
     }
     size_t place = (((size_t)b * kv_heads + head) * group * queries + whole) * gridDim.x + blockIdx.x;
-    store16(partial + place * HEAD_DIM + d, make_uint4(bits<unsigned>(m.v.x), bits<unsigned>(m.v.y), bits<unsigned>(m.v.z), bits<unsigned>(m.v.w)));
+    store16(partial + place * HEAD_DIM + d, words(m.v));
     if (d == 0) store8(tops + 2 * place, make_uint2(bits<unsigned>(m.top), bits<unsigned>(m.sum)));
   }
 }
 
 // A warp adds up the splits of one row, in their order.
-QG_KERNEL __launch_bounds__(THREADS) kv_merge(const float *partial, const float *tops, const int *lengths, REAL *out, int fresh, int rows, int kv_heads, int group, int queries, int capacity, int splits) {
-  int row = blockIdx.x * WARPS + threadIdx.x / 32, r = row % (group * queries), head = row / (group * queries) % kv_heads, b = row / (group * queries) / kv_heads;
+QG_KERNEL __launch_bounds__(THREADS) kv_merge(const float *partial, const float *tops, const int *lengths, REAL *out, int fresh, int rows,
+                                              int kv_heads, int group, int queries, int capacity, int splits) {
+  int row = blockIdx.x * WARPS + threadIdx.x / 32, r = row % (group * queries), head = row / (group * queries), b = head / kv_heads;
   if (row >= rows) return;
   int tokens = min(lengths[b] + fresh, capacity), each = share(tokens, splits), count = max((tokens + each - 1) / each, 1);
-  REAL *to = out + (((size_t)b * queries + r / group) * kv_heads * group + head * group + r % group) * HEAD_DIM;
-  for (int d = threadIdx.x % 32 * 4; d < HEAD_DIM; d += 128)
-    write(to + d, quotient(merge(tops + (size_t)row * splits * 2, 2, partial + (size_t)row * splits * HEAD_DIM + d, HEAD_DIM, count)));
+  REAL *to = out + vector({kv_heads, group, queries}, b, head % kv_heads, r);
+  for (int d = threadIdx.x % 32 * 4; d < HEAD_DIM; d += 128) {
+    size_t place = (size_t)row * splits;
+    write(to + d, quotient(merge(tops + place * 2, 2, partial + place * HEAD_DIM + d, HEAD_DIM, count)));
+  }
 }

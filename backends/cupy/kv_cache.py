@@ -212,7 +212,9 @@ class QuantizedCache:
         """q [batch, queries, heads, head_dim] of the appended tokens -> their attention, of the same shape; `scale` is 1 / sqrt(head_dim) by
         default. Query i sees what is in the cache and the appended tokens up to its own. Raises LoweringError where q does not fit."""
         batch, heads = self.codes.shape[1:3]
-        fits = q.dim() == 4 and q.shape[0] == batch and 1 <= q.shape[1] <= QUERIES and q.shape[2] % heads == 0 and q.shape[3] == self.head_dim
+        fits = (
+            q.dim() == 4 and q.shape[0] == batch and 1 <= q.shape[1] <= QUERIES and q.shape[2] % heads == 0 and q.shape[3] == self.head_dim
+        )
         if not fits or q.dtype != self.params.dtype:
             raise LoweringError(
                 f"the cache answers queries [{batch}, 1 to {QUERIES}, a multiple of {heads}, {self.head_dim}] of {self.params.dtype}, not "

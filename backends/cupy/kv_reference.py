@@ -43,7 +43,7 @@ def dequantized(codes: Tensor, params: Tensor, bits: int, head_dim: int) -> Tens
 def attention(q: Tensor, codes: Tensor, params: Tensor, lengths: Tensor, scale: float, bits: int, fresh: int) -> Tensor:
     """softmax(q . K^T * scale) . V [batch, queries, heads, head_dim] in float32; query i of n sees lengths[b] + fresh - (n - 1 - i) tokens. One
     that sees none gives 0."""
-    batch, queries, heads, head_dim = q.shape
+    queries, heads, head_dim = q.shape[1:]
     keys, values = (t.repeat_interleave(heads // codes.shape[2], dim=1) for t in dequantized(codes, params, bits, head_dim))
     tokens = (lengths + fresh).clamp(max=codes.shape[3])
     seen = tokens[:, None] - torch.arange(queries - 1, -1, -1, device=q.device)

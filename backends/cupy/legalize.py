@@ -1,11 +1,12 @@
 """Passes that turn a converted graph, of either dialect, into one whose quantized operations are torch.ops.qgraph_cuda.* (see ops.py).
 
-    turn_weights -> fuse_dequant_matmul -> rows_in_integers -> merge_equal -> claim_kernels
+    turn_weights -> fuse_dequant_matmul -> rows_in_integers -> merge_equal -> fuse_norm_quantize -> fuse_act_quantize -> claim_kernels
 """
 
 from __future__ import annotations
 
 from qgraph.backends.cupy.claim import ClaimKernels
+from qgraph.backends.cupy.fuse import FuseActQuantize, FuseNormQuantize
 from qgraph.backends.cupy.policy import RowsInIntegers
 from qgraph.backends.onnxruntime.legalize import TurnWeights
 from qgraph.passes.fuse_dequant_matmul import FuseDequantMatmul
@@ -20,5 +21,7 @@ def legalize(rows: int | None = None) -> tuple[Pass, ...]:
         FuseDequantMatmul(),
         RowsInIntegers(rows),
         MergeEqual(),
+        FuseNormQuantize(),
+        FuseActQuantize(),
         ClaimKernels(),
     )

@@ -12,31 +12,29 @@
 // same ones, so what is read once does not stay there (load16_stream).
 //
 // Sums in float32; h and y are rounded to REAL, as between separate operations. x, residual, h, y [rows, k]; weight, bias [k]; residual,
-// weight, bias, h, y may be null. Any k: where it is no multiple of 16 bytes, what is said above of registers does not hold, every pass reads the row again.
+// weight, bias, h, y may be null. Any k: where it is no multiple of 16 bytes, a row and its weights are aligned differently,
+// and each pass reads the row again, element by element.
 // REAL, LANES, KEEP: see rows.cuh.
 #include "rows.cuh"
 
 using namespace qg;
 
 struct Norm {
-  const REAL *x, *residual, *weight, *bias;   // x, residual: vector 0 of the row
+  const REAL *x, *residual;   // vector 0 of the row
+  const REAL *weight, *bias;
   float mean, inverse;
 
-  QG_DEVICE uint4 plus(uint4 raw, uint4 other) const {
+  QG_DEVICE uint4 fetch(int j) const {   // vector j of h
+    uint4 raw = load16_stream(x + j * V);
+    if (!residual) return raw;
     float a[V], b[V];
-    widen(raw, a), widen(other, b);
-    QG_UNROLL for (int i = 0; i < V; i++) a[i] = __fadd_rn(a[i], b[i]);
+    widen(raw, a), widen(load16_stream(residual + j * V), b);
+    QG_UNROLL for (int i = 0; i < V; i++) a[i] += b[i];
     return narrow(a);
   }
-  QG_DEVICE uint4 fetch(int j) const {   // h of a vector that is kept
-    uint4 raw = load16_stream(x + j * V);
-    return residual ? plus(raw, load16_stream(residual + j * V)) : raw;
-  }
-  QG_DEVICE uint4 fetch_any(const Row &row, int j) const {
-    uint4 raw = row.load(x, j);
-    return residual ? plus(raw, row.load(residual, j)) : raw;
-  }
-  QG_DEVICE uint4 normed(int j, uint4 raw) const {   // of a vector that is kept: column j * V is its first
+  QG_DEVICE float element(int e) const { return residual ? rounded(to_float(x[e]) + to_float(residual[e])) : to_float(x[e]); }   // of h
+
+  QG_DEVICE uint4 normed(int j, uint4 raw) const {   // vector j of y, where that of h is raw and the row has no phase
     float h[V], w[V];
     widen(raw, h);
     QG_UNROLL for (int i = 0; i < V; i++) h[i] = (h[i] - mean) * inverse;
@@ -50,25 +48,14 @@ struct Norm {
     }
     return narrow(h);
   }
-  QG_DEVICE uint4 normed_any(const Row &row, int j) const {   // 0 where the row is not
-    float h[V];
-    widen(fetch_any(row, j), h);
-    QG_UNROLL for (int i = 0; i < V; i++) {
-      int at = j * V + i, column = at - row.phase;
-      h[i] = (h[i] - mean) * inverse;
-      if (weight && row.has(at)) h[i] *= to_float(weight[column]);
-      if (bias && row.has(at)) h[i] += to_float(bias[column]);
-      if (!row.has(at)) h[i] = 0.f;
-    }
-    return narrow(h);
+  QG_DEVICE float normed_element(const Row &row, int e) const {
+    float y = (element(e) - mean) * inverse;
+    if (weight) y *= to_float(weight[e - row.phase]);
+    if (bias) y += to_float(bias[e - row.phase]);
+    return rounded(y);
   }
 };
 
-QG_DEVICE void store_any(const Row &row, REAL *to, int j, uint4 raw) {
-  REAL t[V];
-  memcpy(t, &raw, 16);
-  QG_UNROLL for (int i = 0; i < V; i++) if (row.has(j * V + i)) to[j * V + i] = t[i];
-}
 QG_DEVICE float total(uint4 raw) {
   float h[V], sum = 0.f;
   widen(raw, h);
@@ -81,12 +68,6 @@ QG_DEVICE float squares(uint4 raw, float mean) {
   QG_UNROLL for (int i = 0; i < V; i++) sum += (h[i] - mean) * (h[i] - mean);
   return sum;
 }
-QG_DEVICE float squares_any(const Row &row, int j, uint4 raw, float mean) {
-  float h[V], sum = 0.f;
-  widen(raw, h);
-  QG_UNROLL for (int i = 0; i < V; i++) if (row.has(j * V + i)) sum += (h[i] - mean) * (h[i] - mean);
-  return sum;
-}
 
 // sums, given_scale ... symmetric as in quantize_rows; layer: LayerNorm.
 QG_KERNEL __launch_bounds__(BLOCK) norm_quantize(const REAL *x, const REAL *residual, const REAL *weight, const REAL *bias, REAL *h, REAL *y, uint8_t *q,
@@ -95,7 +76,7 @@ QG_KERNEL __launch_bounds__(BLOCK) norm_quantize(const REAL *x, const REAL *resi
   int index = blockIdx.x * (BLOCK / LANES) + threadIdx.x / LANES;
   if (index >= rows) return;
   Row row(index, k);
-  if (k % V) row.kept = 0;   // the weights' vectors are not the row's
+  if (k % V) row = row.without_vectors();   // they are not the weights'
   Norm norm{x + row.first, residual ? residual + row.first : nullptr, weight, bias, 0.f, 0.f};
   if (h) h += row.first;
   if (y) y += row.first;
@@ -104,24 +85,24 @@ QG_KERNEL __launch_bounds__(BLOCK) norm_quantize(const REAL *x, const REAL *resi
   each_kept(row, [&](int i, int j) { kept[i] = norm.fetch(j); });
   if (h) {
     each_kept(row, [&](int i, int j) { store16(h + j * V, kept[i]); });
-    each_from(row, row.kept, [&](int j) { store_any(row, h, j, norm.fetch_any(row, j)); });
+    each_rest(row, [&](int e) { h[e] = from_float<REAL>(norm.element(e)); });
   }
   if (layer) {
     float sum = 0.f;
     each_kept(row, [&](int i, int) { sum += total(kept[i]); });
-    each_from(row, row.kept, [&](int j) { sum += total(norm.fetch_any(row, j)); });
+    each_rest(row, [&](int e) { sum += norm.element(e); });
     norm.mean = __fdiv_rn(reduce<LANES>(sum, Sum()), float(k));
   }
   float sum = 0.f;
   each_kept(row, [&](int i, int) { sum += squares(kept[i], norm.mean); });
-  each_from(row, row.kept, [&](int j) { sum += squares_any(row, j, norm.fetch_any(row, j), norm.mean); });
+  each_rest(row, [&](int e) { float d = norm.element(e) - norm.mean; sum += d * d; });
   norm.inverse = __fdiv_rn(1.f, __fsqrt_rn(__fdiv_rn(reduce<LANES>(sum, Sum()), float(k)) + eps));
 
-  each_kept(row, [&](int i, int j) {
-    kept[i] = norm.normed(j, kept[i]);
-    if (y) store16(y + j * V, kept[i]);
-  });
-  auto again = [&](int j) { return norm.normed_any(row, j); };
-  if (y) each_from(row, row.kept, [&](int j) { store_any(row, y, j, again(j)); });
-  quantize_row(index, row, kept, again, Quantization{q, scale, zero, sums, given_scale, given_zero, every, low, high, symmetric});
+  auto element = [&](int e) { return norm.normed_element(row, e); };
+  each_kept(row, [&](int i, int j) { kept[i] = norm.normed(j, kept[i]); });
+  if (y) {
+    each_kept(row, [&](int i, int j) { store16(y + j * V, kept[i]); });
+    each_rest(row, [&](int e) { y[e] = from_float<REAL>(element(e)); });
+  }
+  quantize_row(index, row, kept, element, Quantization{q, scale, zero, sums, given_scale, given_zero, every, low, high, symmetric});
 }

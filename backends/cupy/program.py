@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from qgraph.backend import Kernel
-from qgraph.edit import graph_modules
+from qgraph.edit import add_constant, graph_modules
 from qgraph.errors import LoweringError
 from qgraph.onnx_values import to_numpy
 from qgraph.ops import Q
@@ -96,32 +96,18 @@ def _stored_weight(node: Node) -> str | None:
 
 
 def move(gm: GraphModule, device: torch.device) -> None:
-    """Everything that the graph reads and every device that its calls name. Tensors that several names share stay shared."""
+    """Everything that the graph reads and every device that its calls name; nothing trains any more. The modules that hold the tensors are
+    shared with other graphs and stay as they are."""
     moved: dict[int, Tensor] = {}
     for part in graph_modules(gm):
-        for owner, name, tensor in _tensors(part):
-            if tensor.device != device:
-                new = moved.setdefault(id(tensor), tensor.detach().to(device))
-                _put(owner, name, new)
+        names: dict[str, str] = {}
         for node in part.graph.nodes:
             node.args, node.kwargs = pytree.tree_map_only(torch.device, lambda _: device, (node.args, node.kwargs))
+            if node.op != "get_attr" or not isinstance(value := attribute(node), Tensor):
+                continue
+            if value.device != device or value.requires_grad:
+                target = str(node.target)
+                if target not in names:
+                    names[target] = add_constant(part, target, moved.setdefault(id(value), value.detach().to(device)))
+                node.target = names[target]
         part.recompile()
-
-
-def _tensors(gm: GraphModule) -> Iterator[tuple[torch.nn.Module, str, Tensor]]:
-    seen = set()
-    for node in gm.graph.nodes:
-        if node.op == "get_attr" and node.target not in seen and isinstance(value := attribute(node), Tensor):
-            seen.add(node.target)
-            path, _, name = str(node.target).rpartition(".")
-            yield gm.get_submodule(path), name, value
-
-
-def _put(owner: torch.nn.Module, name: str, value: Tensor) -> None:
-    """In the place of the tensor of that name, which may be a parameter, a buffer or a plain attribute."""
-    if name in owner._parameters:
-        owner._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
-    elif name in owner._buffers:
-        owner._buffers[name] = value
-    else:
-        setattr(owner, name, value)

@@ -98,6 +98,10 @@ QG_ARITHMETIC2(mul2, *)
 QG_ARITHMETIC2(sub2)
 QG_ARITHMETIC2(mul2)
 #endif
+template <class T> QG_DEVICE uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {   // a b + c, rounded once
+  if constexpr (IS_HALF<T>) return bits<uint32_t>(__hfma2(bits<__half2>(a), bits<__half2>(b), bits<__half2>(c)));
+  else return bits<uint32_t>(__hfma2(bits<__nv_bfloat162>(a), bits<__nv_bfloat162>(b), bits<__nv_bfloat162>(c)));
+}
 #undef QG_ARITHMETIC2
 
 // saturate(round_half_even(x / scale) + zero) in [low, high], as the reference does it: NaN gives low.

@@ -32,22 +32,23 @@ QG_KERNEL __launch_bounds__(BLOCK) quantize_rows(const REAL *x, uint8_t *q, REAL
   if (index >= rows) return;   // a whole warp: rows of several warps have a block of their own
   Row row(index, k);
   const REAL *from = x + row.first + size_t(index) * (stride - k);
-  auto load = [&](int j) { return row.load(from, j); };
   uint4 kept[KEEP];
   each_kept(row, [&](int i, int j) { kept[i] = load16(from + j * V); });
-  quantize_row(index, row, kept, load, Quantization{q, scale, zero, sums, given_scale, given_zero, every, low, high, symmetric});
+  auto element = [&](int e) { return to_float(from[e]); };
+  quantize_row(index, row, kept, element, Quantization{q, scale, zero, sums, given_scale, given_zero, every, low, high, symmetric});
 }
 
 // part [gridDim.x][2]: how far a block's share of x [count] reaches below and above 0.
 QG_KERNEL __launch_bounds__(BLOCK) tensor_range(const REAL *x, float *part, int count) {
-  Row all(0, count);
+  int whole = count / V;
   Range range;
-  for (int start = blockIdx.x * BLOCK * TILE; start < all.n; start += gridDim.x * BLOCK * TILE) {
+  for (int start = blockIdx.x * BLOCK * TILE; start < whole; start += gridDim.x * BLOCK * TILE) {
     uint4 tile[TILE];
-    QG_UNROLL for (int i = 0, j = start + threadIdx.x; i < TILE; i++, j += BLOCK) tile[i] = j < all.whole ? load16(x + j * V) : uint4{};
+    QG_UNROLL for (int i = 0, j = start + threadIdx.x; i < TILE; i++, j += BLOCK) tile[i] = j < whole ? load16(x + j * V) : uint4{};
     QG_UNROLL for (int i = 0; i < TILE; i++) range.add(tile[i]);
   }
-  if (all.n > all.whole && blockIdx.x == 0 && threadIdx.x == 0) range.add(all.load(x, all.whole));
+  int left = whole * V + threadIdx.x;
+  if (blockIdx.x == 0 && left < count) range.add(to_float(x[left]));
   range.over<BLOCK>();
   if (threadIdx.x == 0) store8(part + 2 * blockIdx.x, make_uint2(__float_as_uint(range.below), __float_as_uint(range.above)));
 }
@@ -55,10 +56,9 @@ QG_KERNEL __launch_bounds__(BLOCK) tensor_range(const REAL *x, float *part, int 
 // part, parts: what tensor_range found; scale, zero: [1], written. Or part null, given_scale [1] and given_zero [1] or null.
 QG_KERNEL __launch_bounds__(BLOCK) quantize_tensor(const REAL *x, uint8_t *q, REAL *scale, uint8_t *zero, const float *part, int parts,
                                                    const float *given_scale, const int *given_zero, int count, int low, int high, int symmetric) {
-  Row all(0, count);
-  int start = blockIdx.x * BLOCK * TILE + threadIdx.x;
+  int whole = count / V, start = blockIdx.x * BLOCK * TILE;
   uint4 tile[TILE];   // on its way while the range is found
-  QG_UNROLL for (int i = 0, j = start; i < TILE; i++, j += BLOCK) tile[i] = j < all.whole ? load16(x + j * V) : uint4{};
+  QG_UNROLL for (int i = 0, j = start + threadIdx.x; i < TILE; i++, j += BLOCK) tile[i] = j < whole ? load16(x + j * V) : uint4{};
   Quantization to{q, scale, zero, nullptr, given_scale, given_zero, 0, low, high, symmetric};
   Range range;
   if (part) {
@@ -69,14 +69,13 @@ QG_KERNEL __launch_bounds__(BLOCK) quantize_tensor(const REAL *x, uint8_t *q, RE
   Grid grid = part ? to.grid_of(range) : to.grid_given(0);
   if (part && blockIdx.x == 0 && threadIdx.x == 0) to.write_grid(0, grid);
   if (grid.ordinary) {
-    QG_UNROLL for (int i = 0, j = start; i < TILE; i++, j += BLOCK) {
-      if (j >= all.whole) continue;
+    QG_UNROLL for (int i = 0, j = start + threadIdx.x; i < TILE; i++, j += BLOCK) {
+      if (j >= whole) break;
       uint32_t words[V / 4];
-      grid.quantize(tile[i], words);
-      store_words(q + j * V, words);
+      grid.integers(tile[i], words);
+      store_bytes(q + j * V, words);
     }
   }
-  for (int i = 0, j = start; i < TILE && j < all.n; i++, j += BLOCK) {   // what is left: the ragged end, or all
-    if (!grid.ordinary || j >= all.whole) quantize_any(all, j, all.load(x, j), grid, q);
-  }
+  int rest = grid.ordinary ? max(start, whole) * V : start * V;   // the ragged end, or everything
+  for (int e = rest + threadIdx.x; e < min(count, (start + BLOCK * TILE) * V); e += BLOCK) q[e] = uint8_t(grid.integer(to_float(x[e])));
 }

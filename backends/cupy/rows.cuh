@@ -4,14 +4,14 @@
 // Where k is no multiple of V a row begins inside a vector:
 //
 //     memory   | . . a a a a a a | a a a a a a a a | a a a b b b b b | b b ...      V = 8, rows a and b
-//     row a      phase = 2         vector 1          vector 2 (its 3 first)
-//     row b                                          phase = 3: the same vector, its 5 last
+//     row a      phase = 2         whole: kept       its last three
+//     row b                                          phase = 3
 //
-// so whole vectors are read with one 16-byte access and only the two ends of a row element by element. The integers of vector j lie at
-// the same place of an array of bytes, and are whole or ragged with it. All arrays begin at a multiple of 16 bytes.
-//
-// A row belongs to LANES threads (a warp, or the whole block). Each keeps its first KEEP vectors in registers: rows up to LANES * KEEP
-// vectors come from memory once, though the range must be known before the first integer is; of longer rows the rest is read again.
+// A row belongs to LANES threads (a warp, or the whole block). Each keeps its first KEEP whole vectors in registers, read with one access
+// each; the integers of a vector lie at the same place of an array of bytes, and are written with one access too. The rest, which are the
+// ragged ends and what exceeds KEEP * LANES vectors, is done element by element, a thread an element, and read again in each pass. So rows
+// of up to KEEP * LANES vectors come from memory once, though the range must be known before the first integer is. All arrays begin at a
+// multiple of 16 bytes.
 #pragma once
 #include "qg.cuh"
 #define BLOCK (LANES == 32 ? 128 : LANES)
@@ -33,39 +33,31 @@ QG_DEVICE uint4 narrow(const float (&x)[V]) {
 }
 QG_DEVICE float rounded(float v) { return to_float(from_float<REAL>(v)); }   // to REAL and back
 
-// Where a row lies. Elements are counted from the start of its first vector, which is element `first` of a contiguous array.
+// Where a row lies. Its elements are counted from the start of its first vector, which is element `first` of a contiguous array: the row is
+// [phase, end), and its vectors begin, begin + 1 ... begin + kept - 1 are kept.
 struct Row {
   size_t first;
-  int phase, end;       // the row is [phase, end)
-  int begin, whole, n;  // its whole vectors are begin, begin + 1 ...; all its vectors are n, the others ragged ends
-  int kept;             // how many of the whole ones the team keeps
+  int phase, end, begin, kept;
 
   QG_DEVICE Row(size_t index, int k)
-      : first(index * k / V * V), phase(int(index * k % V)), end(phase + k), begin(phase > 0), whole(max(end / V - begin, 0)), n((end + V - 1) / V),
-        kept(min(whole, KEEP * LANES)) {}
-  QG_DEVICE bool has(int element) const { return element >= phase && element < end; }
-  // The p-th vector, p < n: whole ones first.
-  QG_DEVICE int vector(int p) const { return p < whole ? begin + p : p == whole && begin ? 0 : n - 1; }
-
-  // Vector j, whole or ragged, of x, which points to vector 0. Zeros where the row is not.
-  QG_DEVICE uint4 load(const REAL *x, int j) const {
-    if (j * V >= phase && j * V + V <= end) return load16(x + j * V);
-    REAL t[V];
-    QG_UNROLL for (int i = 0; i < V; i++) t[i] = has(j * V + i) ? x[j * V + i] : from_float<REAL>(0.f);
-    uint4 raw;
-    memcpy(&raw, t, 16);
-    return raw;
+      : first(index * k / V * V), phase(int(index * k % V)), end(phase + k), begin(phase > 0), kept(max(0, min(end / V - begin, KEEP * LANES))) {}
+  QG_DEVICE Row without_vectors() const {
+    Row row = *this;
+    row.kept = 0;
+    return row;
   }
 };
 
-// The vectors of this thread: f(i, j) for those that it keeps, i-th of KEEP, which are whole, vector j; then g(j) for what else it has of
-// the row, ragged ends and the rest of a long row. So the unrolled code is free of special cases.
+// f(i, j): the thread's i-th vector is vector j of the row.
 template <class F> QG_DEVICE void each_kept(const Row &row, F f) {
   int lane = threadIdx.x % LANES;
   QG_UNROLL for (int i = 0; i < KEEP; i++) if (lane + i * LANES < row.kept) f(i, row.begin + lane + i * LANES);
 }
-template <class G> QG_DEVICE void each_from(const Row &row, int p, G g) {
-  for (p += threadIdx.x % LANES; p < row.n; p += LANES) g(row.vector(p));
+// f(e): element e of the row is one of this thread's, and in no vector that is kept.
+template <class F> QG_DEVICE void each_rest(const Row &row, F f) {
+  int before = min(row.begin * V, row.end) - row.phase, gap = row.kept * V;
+#pragma unroll 1   // it is written out several times in a kernel, and seldom runs long
+  for (int i = row.phase + threadIdx.x % LANES; i < row.end - gap; i += LANES) f(i < row.phase + before ? i : i + gap);
 }
 
 // --- over the THREADS of a row: every one gets the result. The second barrier lets the next reduction use the same array.
@@ -88,10 +80,11 @@ template <int THREADS, class Warp, class N> QG_DEVICE N reduce(N v, Warp warp) {
 // A range widened to contain 0: [-below, above]. NaN does not count (fmaxf drops it).
 struct Range {
   float below = 0.f, above = 0.f;
+  QG_DEVICE void add(float x) { below = fmaxf(below, -x), above = fmaxf(above, x); }
   QG_DEVICE void add(uint4 raw) {
     float x[V];
     widen(raw, x);
-    QG_UNROLL for (int i = 0; i < V; i++) below = fmaxf(below, -x[i]), above = fmaxf(above, x[i]);
+    QG_UNROLL for (int i = 0; i < V; i++) add(x[i]);
   }
   template <int THREADS> QG_DEVICE void over() {
     float2 both = reduce<THREADS>(make_float2(below, above), LargestPair());
@@ -99,13 +92,13 @@ struct Range {
   }
 };
 
-// saturate(round_half_even(x / scale) + zero) in [low, high], as qg::quantize has it, without a division for each x.
+// saturate(round_half_even(x / scale) + zero) in [low, high], as qg::quantize has it, without a division for each x of a vector.
 //
 // x is clamped to [(low - zero) scale, (high - zero) scale], which sends NaN to the lower end; the ends, though rounded, still become low
 // and high. Then x / scale = x inverse, corrected twice by its remainder: that is the rounded quotient (P. Markstein, "Computation of
 // elementary functions on the IBM RISC System/6000 processor", IBM J. Res. Dev. 34(1), 1990) where nothing that matters leaves the normal
-// numbers; so scales beyond 2^-90 .. 2^90 (and 0, NaN) are divided by. Adding 1.5 * 2^23 rounds half to even and leaves the integer in the
-// low bits.
+// numbers; so scales beyond 2^-90 .. 2^90 (and 0, NaN) are not `ordinary` and divided by. Adding 1.5 * 2^23 rounds half to even and leaves
+// the integer in the low bits.
 struct Grid {
   float scale, inverse, lowest, highest;
   int zero, low, high;
@@ -115,6 +108,7 @@ struct Grid {
       : scale(scale), inverse(__fdiv_rn(1.f, scale)), lowest(__fmul_rn(float(low - zero), scale)), highest(__fmul_rn(float(high - zero), scale)),
         zero(zero), low(low), high(high), ordinary(scale >= 0x1p-90f && scale <= 0x1p90f) {}
 
+  QG_DEVICE int integer(float x) const { return quantize(x, scale, float(zero), low, high); }
   QG_DEVICE uint32_t low_byte(float x) const {
     x = fminf(fmaxf(x, lowest), highest);
     float q = __fmul_rn(x, inverse);
@@ -122,8 +116,8 @@ struct Grid {
     q = __fmaf_rn(__fmaf_rn(-q, scale, x), inverse, q);
     return __float_as_uint(__fadd_rn(q, 12582912.f)) + zero;
   }
-  // Four integers of a word each. Only for ordinary scales.
-  QG_DEVICE void quantize(uint4 raw, uint32_t (&words)[V / 4]) const {
+  // A vector to V bytes, for ordinary scales.
+  QG_DEVICE void integers(uint4 raw, uint32_t (&words)[V / 4]) const {
     float x[V];
     uint32_t b[V];
     widen(raw, x);
@@ -132,23 +126,9 @@ struct Grid {
       words[w] = __byte_perm(__byte_perm(b[4 * w], b[4 * w + 1], 0x0040), __byte_perm(b[4 * w + 2], b[4 * w + 3], 0x0040), 0x5410);
   }
 };
-QG_DEVICE void store_words(uint8_t *q, const uint32_t (&words)[V / 4]) {
+QG_DEVICE void store_bytes(uint8_t *q, const uint32_t (&words)[V / 4]) {
   if constexpr (V == 8) store8(q, make_uint2(words[0], words[V / 4 - 1]));
   else store4(q, words[0]);
-}
-
-// Vector j, whole or ragged, with any scale; q points to vector 0. The sum of its integers.
-QG_DEVICE int quantize_any(const Row &row, int j, uint4 raw, const Grid &g, uint8_t *q) {
-  float x[V];
-  widen(raw, x);
-  int sum = 0;
-  QG_UNROLL for (int i = 0; i < V; i++) {
-    if (!row.has(j * V + i)) continue;
-    int integer = quantize(x[i], g.scale, float(g.zero), g.low, g.high);
-    q[j * V + i] = uint8_t(integer);
-    sum += integer;
-  }
-  return sum;
 }
 
 // How a kernel quantizes. given_scale and given_zero (or null: 0) hold one for all rows (every = 0) or one per row (every = 1); where
@@ -179,28 +159,32 @@ struct Quantization {
   }
 };
 
-// The last part of a row kernel: row `index`, whose vectors are `kept` and again(j), becomes integers.
-template <class Again> QG_DEVICE void quantize_row(size_t index, const Row &row, const uint4 (&kept)[KEEP], Again again, const Quantization &to) {
+// The last part of a row kernel: row `index` becomes integers. Its vectors are `kept`; `element(e)` is element e, of any.
+template <class Element> QG_DEVICE void quantize_row(size_t index, const Row &row, const uint4 (&kept)[KEEP], Element element, const Quantization &to) {
   Range range;
   if (!to.given_scale) {
     each_kept(row, [&](int i, int) { range.add(kept[i]); });
-    each_from(row, row.kept, [&](int j) { range.add(again(j)); });
+    each_rest(row, [&](int e) { range.add(element(e)); });
     range.over<LANES>();
   }
   Grid grid = to.given_scale ? to.grid_given(index) : to.grid_of(range);
   if (!to.given_scale && threadIdx.x % LANES == 0) to.write_grid(index, grid);
   uint8_t *q = to.q + row.first;
   int sum = 0;
-  uint32_t flip = to.low < 0 ? 0x80808080 : 0;
   if (grid.ordinary) {
+    uint32_t flip = to.low < 0 ? 0x80808080 : 0;   // signed + 128 is unsigned
     each_kept(row, [&](int i, int j) {
       uint32_t words[V / 4];
-      grid.quantize(kept[i], words);
-      store_words(q + j * V, words);
-      QG_UNROLL for (uint32_t w : words) sum = dp4a<true>(w ^ flip, 0x01010101, sum - 4 * int(flip & 255));   // signed + 128 is unsigned
+      grid.integers(kept[i], words);
+      store_bytes(q + j * V, words);
+      QG_UNROLL for (uint32_t w : words) sum = dp4a<true>(w ^ flip, 0x01010101, sum - 4 * int(flip & 255));
     });
   }
-  each_from(row, grid.ordinary ? row.kept : 0, [&](int j) { sum += quantize_any(row, j, again(j), grid, q); });
+  each_rest(grid.ordinary ? row : row.without_vectors(), [&](int e) {
+    int integer = grid.integer(element(e));
+    q[e] = uint8_t(integer);
+    sum += integer;
+  });
   if (!to.sums) return;
   sum = reduce<LANES>(sum, Sum());
   if (threadIdx.x % LANES == 0) to.sums[index] = sum;

@@ -56,9 +56,8 @@ def pack(weight: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Pac
         raise LoweringError(f"the integer linear takes weights of at most 8 bits, not {str(weight.dtype).removeprefix('torch.')}")
     n, k = weight.shape
     shift = 128 if weight.numel() and int(weight.max()) > 127 else 0
-    zeros = torch.zeros(n, dtype=torch.int32, device=weight.device) if zero_point is None else zero_point.to(torch.int32).reshape(-1).expand(n)
-    zeros = zeros - shift
-    centred = weight.to(torch.int32) - shift
+    given = torch.zeros(1, dtype=torch.int32, device=weight.device) if zero_point is None else zero_point.to(torch.int32).reshape(-1)
+    zeros, centred = given.expand(n) - shift, weight.to(torch.int32) - shift
     return Packed(
         F.pad(centred.to(torch.int8), (0, padded(k) - k)),
         _columns(scale.to(torch.float32).reshape(-1).expand(n)),
@@ -300,12 +299,14 @@ def _how(
     relu: bool,
 ) -> int:
     """The bits of `how` in w8a8.cuh."""
-    counts = {x_scale.numel(), 1 if x_zero_point is None else x_zero_point.numel()}
-    if not counts <= {1, m} or x_scale.dtype not in REAL:
-        raise LoweringError(f"x has one scale and zero point or one for each of {m} rows, in {', '.join(map(str, REAL))}; got {counts} {x_scale.dtype}")
+    scales, zeros = x_scale.numel(), 1 if x_zero_point is None else x_zero_point.numel()
+    if not {scales, zeros} <= {1, m}:
+        raise LoweringError(f"x has one scale and zero point or one for each of {m} rows, not {scales} scales and {zeros} zero points")
+    if x_scale.dtype not in REAL:
+        raise LoweringError(f"no kernel reads scales of {x_scale.dtype}")
     bits = (
-        x_scale.numel() > 1,
-        x_zero_point is not None and x_zero_point.numel() > 1,
+        scales > 1,
+        zeros > 1,
         x.dtype == torch.uint8,
         bias is not None and not bias.is_floating_point(),
         relu,

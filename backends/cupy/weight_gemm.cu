@@ -1,7 +1,7 @@
 // weight_gemm.cu -- y[M,N] = x . W^T + bias on tensor cores, x half or bfloat16, weights of 2, 3, 4 or 8 bits (layout: weight_codes.cuh).
 //
 //   x [M, K], K a multiple of 8, 16-byte aligned; y [M, N] of type OUT, or partial [splits, M, N] float, which weight_reduce adds;
-//   ratio [groups, padded N] half or float; row and bias [padded N] float. M and N are any.
+//   ratio [groups, padded N] half or float; row and bias [padded N] float. M is any, N even.
 //
 // Partition. Grid (tiles of M, tiles of 128 outputs, splits of K); tiles of M are neighbours, so that blocks that run together read the same
 // weights. The product is y^T = W x^T: W is the A of mma.m16n8k16, so that a tile of few rows of x wastes little (8, not 16, is the smallest).
@@ -19,7 +19,8 @@
 // Ladder: 1. dequantize to half in memory, then a half GEMM: 8 times the bytes at 4 bits.  2. Decode in the kernel, to shared memory: the weight
 // passes it three times.  3. The fragment-ordered layout: a lane reads 16 bytes that are its fragments of four steps, decodes them in
 // registers, and hands them to mma; neither ldmatrix nor shuffles, no bank conflicts.  4. lop3 with magic numbers: (code | 0x6400) is the
-// half 1024 + code, (code << 4 | 0x6400) is 1024 + 16 code: 13 instructions for 8 weights. bfloat16 has bits for 128 + code only: 3 more shifts.
+// half 1024 + code, (code << 4 | 0x6400) is 1024 + 16 code: 13 instructions for 8 weights. bfloat16 has bits for 128 + code only, and too
+// few for a scale: 20.
 // 5. x by cp.async, in chunks of 16 bytes swizzled by row, and ldmatrix: no bank conflicts.  6. cp.async into a ring of STAGES with one
 // barrier a stage; scales and zero points of a group come with the first stage that needs them, in a ring of their own.
 // 7. Split K where the tiles are fewer than the multiprocessors: sums of floats in a fixed order, by a second kernel.
@@ -47,10 +48,11 @@ struct Ring { unsigned char *stages, *ratio, *zeros; };   // STAGES x (x, codes)
 // Starts the copies of square q into `slot` of the ring. `first`: nothing of its first group has been copied yet.
 QG_DEVICE void copy(const Ring &ring, const Matrices &a, int q, int slot, bool first) {
   unsigned char *stage = ring.stages + slot * STAGE;
-  for (int i = threadIdx.x; i < TILE_M * 8; i += THREADS) {
-    const int row = i / 8, chunk = i % 8, at = 64 * q + 8 * chunk;
-    const bool inside = a.m0 + row < a.m && at < a.k;
-    copy16_async(stage + 128 * row + 16 * (chunk ^ (row & 7)), inside ? a.x + (size_t)(a.m0 + row) * a.k + at : a.x, inside);
+  const int row = threadIdx.x / 8, chunk = threadIdx.x % 8, at = 64 * q + 8 * chunk;   // rows 16 apart have the same swizzle
+  QG_UNROLL for (int i = 0; i < (TILE_M + 15) / 16; i++) {
+    if (TILE_M < 16 && row >= TILE_M) break;
+    const bool inside = a.m0 + row + 16 * i < a.m && at < a.k;
+    copy16_async(stage + 128 * (row + 16 * i) + 16 * (chunk ^ (row & 7)), inside ? a.x + (size_t)(a.m0 + row + 16 * i) * a.k + at : a.x, inside);
   }
   for (int i = threadIdx.x; i < CODE_BYTES / 16; i += THREADS) {
     const int block = i / (SQUARE / 16), n = a.n0 + 64 * block;
@@ -73,17 +75,21 @@ QG_DEVICE void copy(const Ring &ring, const Matrices &a, int q, int slot, bool f
   }
 }
 
-// weight = (magic number and code - offset) * scale, for outputs 2g and 2g + 1 of a tile: two 16-bit floats each, or (bfloat16 of 8 bits) a float.
-struct Affine { uint32_t offset[2], scale[2]; };
+// weight = (magic number and code - offset) * (scale + rest), for outputs 2g and 2g + 1 of a tile: two 16-bit floats each, or (bfloat16 of
+// 8 bits) a float. `rest` is what bfloat16 cuts off the scale: without it the error of a group's scale would be that of each weight.
+struct Affine { uint32_t offset[2], scale[2], rest[2]; };
 
 QG_DEVICE Affine affine(const SCALE *ratio, const uint8_t *zeros, int zero) {
   const float2 s = two_scales(ratio);
   const Zeros z = zeros ? two_zeros(zeros) : Zeros{zero, zero};
   if constexpr (BITS == 8 && !IS_HALF<REAL>)
-    return {{bits<uint32_t>(32768.f + z.first), bits<uint32_t>(32768.f + z.second)}, {bits<uint32_t>(s.x), bits<uint32_t>(s.y)}};
+    return {{bits<uint32_t>(32768.f + z.first), bits<uint32_t>(32768.f + z.second)}, {bits<uint32_t>(s.x), bits<uint32_t>(s.y)}, {}};
   constexpr float magic = IS_HALF<REAL> ? 1024 : 128;
   constexpr int up = IS_HALF<REAL> && BITS != 8 ? 16 : 1;   // the second output's codes stay four bits higher
-  return {{both<REAL>(magic + z.first), both<REAL>(magic + up * z.second)}, {both<REAL>(s.x), both<REAL>(s.y / up)}};
+  const float second = s.y * (1.f / up);
+  return {{both<REAL>(magic + z.first), both<REAL>(magic + up * z.second)},
+          {both<REAL>(s.x), both<REAL>(second)},
+          {both<REAL>(s.x - to_float(from_float<REAL>(s.x))), both<REAL>(second - to_float(from_float<REAL>(second)))}};
 }
 
 // The fragment of (tile j, step s) as 16-bit floats.
@@ -107,7 +113,11 @@ QG_DEVICE void decode(unsigned (&a)[4], const uint32_t *low, const uint32_t *hig
       else a[i] = lop3<AND_OR>(word >> 4 * i, 0x000f000fu, 0x43004300u);
     }
   }
-  QG_UNROLL for (int i = 0; i < 4; i++) a[i] = mul2<REAL>(sub2<REAL>(a[i], f.offset[i & 1]), f.scale[i & 1]);
+  QG_UNROLL for (int i = 0; i < 4; i++) {
+    const uint32_t whole = sub2<REAL>(a[i], f.offset[i & 1]);
+    if constexpr (IS_HALF<REAL>) a[i] = mul2<REAL>(whole, f.scale[i & 1]);
+    else a[i] = fma2<REAL>(whole, f.scale[i & 1], mul2<REAL>(whole, f.rest[i & 1]));
+  }
 }
 
 using Sums = float[2][TILE_M / 8][4];
@@ -155,16 +165,8 @@ QG_DEVICE void multiply(Sums &sum, const Ring &ring, const Matrices &a, int q, i
   }
 }
 
-// Outputs at and at + 1 of a row of n. `aligned`: rows begin at multiples of two outputs.
-template <class Out> QG_DEVICE void put(Out *row, int at, int n, bool aligned, float first, float second) {
-  if (aligned && at + 1 < n) {
-    if constexpr (sizeof(Out) == 4) store8(row + at, bits<uint2>(make_float2(first, second)));
-    else store4(row + at, two<Out>(first, second));
-  } else {
-    if (at < n) row[at] = from_float<Out>(first);
-    if (at + 1 < n) row[at + 1] = from_float<Out>(second);
-  }
-}
+QG_DEVICE void put(float *p, float first, float second) { store8(p, bits<uint2>(make_float2(first, second))); }
+template <class Short> QG_DEVICE void put(Short *p, float first, float second) { store4(p, two<Short>(first, second)); }
 
 QG_KERNEL __launch_bounds__(THREADS, BLOCKS) weight_gemm(const REAL *__restrict__ x, const unsigned char *__restrict__ packed, const SCALE *__restrict__ ratio,
                                                          const uint8_t *__restrict__ zeros, const float *__restrict__ row, const float *__restrict__ bias,
@@ -197,10 +199,10 @@ QG_KERNEL __launch_bounds__(THREADS, BLOCKS) weight_gemm(const REAL *__restrict_
     const float2 scale = bits<float2>(load8(row + at)), shift = bias ? bits<float2>(load8(bias + at)) : float2{0, 0};
     QG_UNROLL for (int i = 0; i < TILE_M / 8; i++) QG_UNROLL for (int e = 0; e < 2; e++) {
       const int token = m0 + 8 * i + e;
-      if (token >= m) continue;
+      if (token >= m) break;
       const float first = sum[j][i][e], second = sum[j][i][2 + e];
-      if (partial) put(partial + ((size_t)blockIdx.z * m + token) * n, at, n, n % 2 == 0, first, second);
-      else put(y + (size_t)token * n, at, n, n % 2 == 0, first * scale.x + shift.x, second * scale.y + shift.y);
+      if (partial) put(partial + ((size_t)blockIdx.z * m + token) * n + at, first, second);
+      else put(y + (size_t)token * n + at, first * scale.x + shift.x, second * scale.y + shift.y);
     }
   }
 }

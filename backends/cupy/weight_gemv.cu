@@ -34,6 +34,7 @@ constexpr int UNROLL = VECTORS == 1 ? 4 : 2;
 constexpr int SLAB = 1024;                                       // inputs in shared memory
 constexpr int EACH = 16 / sizeof(REAL);                          // inputs in 16 bytes of x
 constexpr float MAGIC = BITS == 8 ? 0.f : 128.f;                 // of a decoded weight
+constexpr int BLOCKS = ROWS == 1 && TILES == 1 ? 3 : ROWS == 1 || TILES < 4 ? 2 : 1;   // on a multiprocessor: what registers allow without spills
 static_assert(WARPS_K * OUTPUTS <= SLAB, "the sums of the warps take the place of x");
 
 struct Slab {
@@ -102,7 +103,7 @@ QG_DEVICE void read_group(Group &group, const SCALE *ratio, const uint8_t *zeros
   }
 }
 
-QG_KERNEL __launch_bounds__(THREADS) weight_gemv(const REAL *__restrict__ x, const uint4 *__restrict__ packed, const SCALE *__restrict__ ratio,
+QG_KERNEL __launch_bounds__(THREADS, BLOCKS) weight_gemv(const REAL *__restrict__ x, const uint4 *__restrict__ packed, const SCALE *__restrict__ ratio,
                                                  const uint8_t *__restrict__ zeros, const float *__restrict__ row, const float *__restrict__ bias,
                                                  REAL *__restrict__ y, float *__restrict__ partial, int m, int n, int k, int per_group, int zero, int squares) {
   __shared__ Slab slab;

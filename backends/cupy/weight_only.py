@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qgraph.backends.cupy.autotune import bucket, preferred
 from qgraph.backends.cupy.launch import TYPES, Kernel, kernel
 from qgraph.backends.cupy.ops import K, cuda_op
 from qgraph.backends.cupy.quantizing import whole
 from qgraph.backends.cupy.roofline import Work
-from qgraph.backends.cupy.weight_packing import SQUARE, PackedWeight
+from qgraph.backends.cupy.weight_packing import SQUARE, UNIT, PackedWeight
 from qgraph.errors import LoweringError
 
 OUTPUTS = 128
@@ -37,7 +38,19 @@ class Gemv:
     least: int = 16
     """Squares of 64 inputs that a split has at least: its partial sums are then 2 % of its weights at 4 bits."""
 
+    @property
+    def block(self) -> int:
+        return 256
+
+    def grid(self, m: int, n: int, splits: int) -> tuple[int, int, int]:
+        return -(-n // OUTPUTS), splits, -(-m // self.rows)
+
+    def reads(self, dtype: torch.dtype) -> torch.dtype:
+        """The type of x in the kernel for x of `dtype`."""
+        return dtype
+
     def kernel(self, dtype: torch.dtype, bits: int) -> Kernel:
+        """`dtype`: of x and y."""
         return kernel(
             "weight_gemv.cu", "weight_gemv", expects=("LDG.128", "PRMT"), BITS=bits, ROWS=self.rows, REAL=TYPES[dtype], SCALE=_scale(dtype)
         )
@@ -52,9 +65,19 @@ class Gemm:
     blocks: int
     least: int = 8
 
+    @property
+    def block(self) -> int:
+        return 128
+
+    def grid(self, m: int, n: int, splits: int) -> tuple[int, int, int]:
+        return -(-m // self.rows), -(-n // OUTPUTS), splits
+
+    def reads(self, dtype: torch.dtype) -> torch.dtype:
+        """The type of x in the kernel for x of `dtype`."""
+        return torch.float16 if dtype == torch.float32 else dtype
+
     def kernel(self, dtype: torch.dtype, bits: int) -> Kernel:
-        """`dtype`: of y. A float32 model has x in half."""
-        real = torch.float16 if dtype == torch.float32 else dtype
+        """`dtype`: of y, and of x before `reads`."""
         scale = 4 if dtype == torch.float32 else 2
         stage = self.rows * 2 * SQUARE + OUTPUTS * SQUARE * bits // 8
         return kernel(
@@ -66,7 +89,7 @@ class Gemm:
             TILE_M=self.rows,
             STAGES=self.stages,
             BLOCKS=self.blocks,
-            REAL=TYPES[real],
+            REAL=TYPES[self.reads(dtype)],
             SCALE=_scale(dtype),
             OUT=TYPES[dtype],
         )
@@ -74,7 +97,8 @@ class Gemm:
 
 Config = Gemv | Gemm
 
-CONFIGS: tuple[Config, ...] = (Gemv(1), Gemv(8), Gemm(8, 4, 4), Gemm(32, 4, 3), Gemm(128, 3, 2))
+CONFIGS = (Gemv(1), Gemv(8), Gemm(8, 4, 4), Gemm(32, 4, 3), Gemm(128, 3, 2))
+ONE, ROWS, SMALL, MEDIUM, LARGE = CONFIGS
 
 
 def _scale(dtype: torch.dtype) -> str:
@@ -85,7 +109,7 @@ def _reduce(dtype: torch.dtype) -> Kernel:
     return kernel("weight_reduce.cu", "weight_reduce", OUT=TYPES[dtype])
 
 
-KERNELS = (*(c.kernel(t, b) for c in CONFIGS for t in TYPES for b in BITS), *(_reduce(t) for t in TYPES))
+KERNELS = (*(c.kernel(t, b) for c in CONFIGS for t in TYPES for b in BITS if c != ROWS or t == torch.float32), *(_reduce(t) for t in TYPES))
 
 
 @dataclass(frozen=True)
@@ -97,20 +121,31 @@ class Plan:
 
 
 def choose(m: int, n: int, k: int, dtype: torch.dtype, arch: int) -> Plan:
-    """The kernel for x [m, k] of `dtype` and n outputs on sm_<arch>.
+    """The kernel for x [m, k] of `dtype` and n outputs on sm_<arch>: what autotuning found, or the first candidate."""
+    found = candidates(m, n, k, dtype, arch)
+    return preferred("weight_only", (bucket(m), n, k, str(dtype)), found) or found[0]
 
-    One row takes the GEMV, whose work per weight grows with the rows; from two rows on the tensor cores do it for nothing. float32 keeps the
-    GEMV to eight rows: it reads x unrounded. K is split while one wave of blocks (two to a multiprocessor) has room."""
-    gemv, rows, small, medium, large = CONFIGS
-    if m == 1:
-        config = gemv
-    elif arch < TENSOR_CORES or (dtype == torch.float32 and m <= rows.rows):
-        config = rows
+
+def candidates(m: int, n: int, k: int, dtype: torch.dtype, arch: int) -> tuple[Plan, ...]:
+    """What may be fastest, the likeliest first; each with K split and whole.
+
+    One row takes the GEMV, whose work for a weight grows with the rows; from two rows on tensor cores do that for nothing. float32 keeps
+    to the GEMV up to eight rows, for it reads x unrounded. K is split while one wave of blocks (two to a multiprocessor) has room."""
+    configs: tuple[Config, ...]
+    if arch < TENSOR_CORES or (m == 1 and dtype == torch.float32):
+        configs = (ONE,)
+    elif dtype == torch.float32 and m <= ROWS.rows:
+        configs = (ROWS,)
+    elif m == 1:
+        configs = (ONE, SMALL)
     else:
-        config = small if m <= small.rows else medium if m <= 2 * medium.rows else large
+        configs = (SMALL, MEDIUM) if m <= SMALL.rows else (MEDIUM, LARGE) if m <= 2 * MEDIUM.rows else (LARGE, MEDIUM)
+    return tuple(dict.fromkeys(p for c in configs for p in (Plan(c, _splits(c, m, n, k, arch)), Plan(c, 1))))
+
+
+def _splits(config: Config, m: int, n: int, k: int, arch: int) -> int:
     tiles = -(-m // config.rows) * -(-n // OUTPUTS)
-    splits = min(2 * SMS.get(arch, SMS[90]) // tiles, -(-k // SQUARE) // config.least)
-    return Plan(config, max(splits, 1))
+    return max(min(2 * SMS.get(arch, SMS[90]) // tiles, -(-k // SQUARE) // config.least), 1)
 
 
 def work(m: int, n: int, k: int, bits: int, group: int, dtype: torch.dtype, *, zeros: bool = False, bias: bool = False) -> Work:
@@ -136,27 +171,10 @@ def weight_only_linear(
 
     Raises LoweringError for another float type, another K, or a weight packed for another type of x."""
     _check(x, codes, ratio)
-    k, m = x.shape[-1], x.shape[:-1].numel()
-    y = x.new_empty((*x.shape[:-1], n))
-    if y.numel() == 0:
-        return y
-    plan = choose(m, n, k, x.dtype, _arch(x.device))
-    config, squares = plan.config, -(-k // SQUARE)
-    if isinstance(config, Gemm) and x.dtype == torch.float32:
-        x = x.to(torch.float16)
-    x = whole(x if k % 8 == 0 else F.pad(x, (0, -k % 8)))
-    each = -(-squares // plan.splits)
-    splits = -(-squares // each)
-    partial = x.new_empty((splits, m, n), dtype=torch.float32) if splits > 1 else None
-    tiles_m, tiles_n = -(-m // config.rows), -(-n // OUTPUTS)
-    grid, block = ((tiles_n, splits, tiles_m), 256) if isinstance(config, Gemv) else ((tiles_m, tiles_n, splits), 128)
-    if max(grid[1:]) > LARGEST_GRID:
-        raise LoweringError(f"the weight-only kernels take at most {LARGEST_GRID} blocks along an axis, and {m} rows by {n} outputs make {grid}")
-    found = config.kernel(y.dtype, codes.shape[2])
-    found(grid, block, x, codes, ratio, zeros, row, bias, y, partial, m, n, x.shape[-1], group // 32, zero, each)
-    if partial is not None:
-        _reduce(y.dtype)((-(-m * n // 256),), 256, partial, row, bias, y, m, n, splits)
-    return y
+    weight = (codes, ratio, zeros, row, bias)
+    if n % 2 == 0:
+        return _product(x, weight, zero, n, group)
+    return _product(x, weight, zero, n + 1, group)[..., :n].clone(memory_format=torch.contiguous_format)  # outputs are stored in pairs
 
 
 @weight_only_linear.register_fake
@@ -172,13 +190,40 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
     return K.weight_only_linear(x, w.codes, w.row, w.ratio, w.zeros, bias, w.zero, w.n, w.group)
 
 
+def _product(x: Tensor, weight: tuple[Tensor | None, ...], zero: int, n: int, group: int) -> Tensor:
+    """weight: codes, ratio, zeros, row, bias. n is even."""
+    (codes, _, _, row, bias), k, m = weight, x.shape[-1], x.shape[:-1].numel()
+    assert codes is not None
+    y = x.new_empty((*x.shape[:-1], n))
+    if y.numel() == 0:
+        return y
+    plan = choose(m, n, k, x.dtype, _arch(x.device))
+    x = whole(F.pad(x.to(plan.config.reads(x.dtype)), (0, -k % 8)))
+    squares = -(-k // SQUARE)
+    each = max(-(-squares // plan.splits), 1)
+    splits = max(-(-squares // each), 1)
+    partial = x.new_empty((splits, m, n), dtype=torch.float32) if splits > 1 else None
+    grid = plan.config.grid(m, n, splits)
+    if max(grid[1:]) > LARGEST_GRID:
+        raise LoweringError(
+            f"the weight-only kernels take at most {LARGEST_GRID} blocks along an axis, and {m} rows by {n} outputs make {grid}"
+        )
+    found = plan.config.kernel(y.dtype, codes.shape[2])
+    found(grid, plan.config.block, x, *weight, y, partial, m, n, x.shape[-1], group // UNIT, zero, each)
+    if partial is not None:
+        _reduce(y.dtype)((m, -(-n // 256)), 256, partial, row, bias, y, m, n, splits)
+    return y
+
+
 def _check(x: Tensor, codes: Tensor, ratio: Tensor) -> None:
     if x.dtype not in TYPES:
         raise LoweringError(f"the weight-only kernels read x in float32, float16 or bfloat16, not {str(x.dtype).removeprefix('torch.')}")
     if -(-x.shape[-1] // SQUARE) != codes.shape[1]:
         raise LoweringError(f"x has {x.shape[-1]} inputs, and the packed weight {SQUARE * codes.shape[1]} with their padding")
     if (x.dtype == torch.float32) != (ratio.dtype == torch.float32):
-        raise LoweringError(f"the weight's scales are packed in {ratio.dtype} and x is {x.dtype}: pack_weight(real=x.dtype) fits them together")
+        raise LoweringError(
+            f"the weight's scales are packed in {ratio.dtype} and x is {x.dtype}: pack_weight(real=x.dtype) fits them together"
+        )
 
 
 def _arch(device: torch.device) -> int:

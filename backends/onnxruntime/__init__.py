@@ -14,7 +14,6 @@ from qgraph.backends.onnxruntime.placement import PAYING
 from qgraph.backends.onnxruntime.runtime import Options
 from qgraph.backends.onnxruntime.session import Program, Structure, build
 from qgraph.backends.onnxruntime.standard import LOWER, lowers
-from qgraph.edit import graph_modules
 from qgraph.errors import LoweringError
 from qgraph.ledger import state
 from qgraph.pipeline import Context, Pass, Pipeline
@@ -23,10 +22,6 @@ from qgraph.text import where
 from qgraph.types import type_of
 
 __all__ = ["LEGALIZE", "LOWER", "OnnxRuntime", "Program", "lowers"]
-
-
-LARGE = 2**30
-"""Bytes of constants from which a model that is only written is not loaded in full."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +72,10 @@ class OnnxRuntime:
     def export(self, gm: GraphModule, path: str | os.PathLike[str], *, strict: bool = False) -> None:
         """Write the lowered graph as an ONNX file that the ONNX checker accepts and ONNX Runtime has loaded. `gm` is consumed.
 
-        A large model is loaded without optimizations, since ONNX Runtime folds its 16-bit floats to 32 bits in memory.
         Raises LoweringError; nothing is written then."""
-        stored = sum(t.numel() * t.element_size() for part in graph_modules(gm) for t in (*part.parameters(), *part.buffers()))
         # It is loaded to see that it can be: weights that are packed for running would be in memory once more.
         checked = replace(self, entries={**self.entries, "session.disable_prepacking": "1"})
-        checked.lower(gm, strict=strict, optimized=stored < LARGE).save(path)
+        checked.lower(gm, strict=strict).save(path)
 
 
 def check_kernels(found: list[Kernel]) -> None:

@@ -1,8 +1,8 @@
 """lookup(codes, table, scale) -> Gather(table, codes) * scale, which ONNX Runtime computes once, when it loads the model.
 
 The codes are stored with as many bits as they have: as planes of 4, 2 and 1 bits, whose widths add up to theirs (3 = 2 + 1), each packed
-in bytes and unpacked by shifts and masks, so that no packed integer type is needed. Tables and scales are stored in float16 where
-that holds their numbers.
+in bytes and unpacked by shifts and masks, so that no packed integer type is needed. Bytes that hold whole codes are looked up as they are.
+Tables and scales are stored in float16 where that holds their numbers.
 """
 
 from __future__ import annotations
@@ -22,23 +22,46 @@ from qgraph.views import Lookup, view
 
 @lowers(Q.lookup.default)
 def lookup(node: Node, rw: Rewriter) -> Node:
-    """Case 1: one table: Gather. Case 2: a table per index of an axis: GatherElements on rows of codes along that axis."""
+    """Case 1: one table, whole codes in a byte: Gather on bytes. Case 2: one table: Gather. Case 3: a table per index of an axis:
+    GatherElements on rows of codes along that axis."""
     v = view(Lookup, node)
     assert v is not None  # it is this op's view
     o, table, codes = Emitter(rw), constant(v.table, rw), constant(v.q, rw)
     q, bits = padded(codes, v) if v.group else codes, (table.shape[-1] - 1).bit_length()
+    shape = blocked(q, v)[0] if v.group else list(q.shape)
+    scale = None if v.scale is None else spread(constant(v.scale, rw), v, q.dim())
     like = None if v.group else node  # the shape tells readers what they are
-    if v.table_axis is None:
-        y = o("Gather", _stored(o, table, "table"), _indices(o, q, bits), dtype="float32", like=like)
+    by_bytes = v.table_axis is None and 8 % bits == 0 and shape[-1] % (8 // bits) == 0
+    if by_bytes:
+        y = _by_bytes(o, table, q.reshape(shape), bits, scale)
+    elif v.table_axis is None:
+        y = o("Gather", _stored(o, table, "table"), _indices(o, q.reshape(shape), bits), dtype="float32", like=like)
     else:
         y = _by_table(o, table, q, bits, v.table_axis % q.dim(), like)
-    if v.group:
-        y = o("Reshape", y, o.const(torch.tensor(blocked(q, v)[0]), "shape"), dtype="float32", since=5)
-    if v.scale is not None:
-        scale = _stored(o, spread(constant(v.scale, rw), v, q.dim()), "scale")
-        y = o("Mul", y, scale, dtype="float32", like=like, since=7)
+        y = o("Reshape", y, o.const(torch.tensor(shape), "shape"), dtype="float32", since=5) if v.group else y
+    if scale is not None and not by_bytes:
+        y = o("Mul", y, _stored(o, scale, "scale"), dtype="float32", like=like, since=7)
     y = o.cast(y, str(table.dtype).removeprefix("torch."))
-    return unblocked(o, y, node, v, codes.shape) if v.group else y
+    if v.group:
+        return unblocked(o, y, node, v, codes.shape)
+    return o("Reshape", y, o.const(torch.tensor(shape), "shape"), like=node, since=5) if by_bytes else y
+
+
+def _by_bytes(o: Emitter, table: Tensor, q: Tensor, bits: int, scale: Tensor | None) -> Node:
+    """table[q] * scale as [..., n, 8 / bits] for q [..., n * 8 / bits], out of a table of what each byte stands for.
+
+    All that ONNX Runtime computes on the way to a weight stays in memory until the last weight is done, so there is as little as can be."""
+    each = 8 // bits
+    digits = torch.stack([torch.arange(256) >> (bits * i) & (2**bits - 1) for i in range(each)], 1)
+    levels = _stored(o, table[digits.clamp(max=len(table) - 1)], "table")
+    ((_, _, data),) = planes(q.flatten(), bits)
+    indices = o.cast(o.const(data.reshape(*q.shape[:-1], -1), "codes"), "int32")
+    y = o("Gather", levels, indices, dtype="float32")
+    if scale is None:
+        return y
+    if scale.dim():
+        scale = scale.reshape(*scale.shape[:-1], *((1, 1) if scale.shape[-1] == 1 else (-1, each)))
+    return o("Mul", y, _stored(o, scale, "scale"), dtype="float32", since=7)
 
 
 def _by_table(o: Emitter, table: Tensor, q: Tensor, bits: int, axis: int, like: Node | None) -> Node:

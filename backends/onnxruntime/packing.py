@@ -50,7 +50,7 @@ def kernel_bits(dtype: str, *, level: int, block: int) -> int:
 def codes(values: Tensor, dtype: str, bits: int) -> Tensor:
     """Integers of `dtype` as unsigned codes of `bits` bits (uint8): signed ones move up by 2**(bits-1)."""
     shift = 0 if dtype.startswith("u") else 2 ** (bits - 1)
-    return (values.to(torch.int16) + shift).to(torch.uint8)
+    return values.to(torch.uint8) + shift  # modulo 256
 
 
 def nibbles(values: Tensor) -> Tensor:

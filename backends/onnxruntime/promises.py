@@ -111,7 +111,7 @@ def folds(node: ir.Node) -> Promise | None:
     return Promise(node, kernels, chain(node)[0], folded=True)
 
 
-LOOKUP = ("Gather", "GatherElements", "BitShift", "BitwiseAnd", "BitwiseOr")
+LOOKUP = ("Gather", "GatherElements", "BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor")
 """From stored codes to levels."""
 
 

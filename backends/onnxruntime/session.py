@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from qgraph.onnx_io import save_onnx
 from qgraph.onnx_opset import header
 
 FILE = "model.onnx"
+
+LARGE = 2**26
+"""Bytes of a model from which it is not loaded in full before it runs."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +56,17 @@ class Program:
 
     gm: GraphModule
     folder: tempfile.TemporaryDirectory[str]
-    session: ort.InferenceSession
     options: Options = field(default_factory=Options)
     structure: Structure | None = None
 
     @property
     def path(self) -> Path:
         return Path(self.folder.name) / FILE
+
+    @cached_property
+    def session(self) -> ort.InferenceSession:
+        """Made when it is first asked for. Raises LoweringError when ONNX Runtime refuses the model."""
+        return session(str(self.path), self.options)
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Run on positional inputs (nested ones are flattened, None left out), on named ones, or on one mapping of names.
@@ -84,7 +92,7 @@ class Program:
         return feeds
 
     def kernels(self) -> list[Kernel]:
-        """Per promised node what ONNX Runtime made of it, read from the graph that it optimized itself."""
+        """Per promised node what ONNX Runtime makes of it, read from the graph that it optimizes itself for this."""
         return kernels(str(self.path), self.options)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -99,7 +107,8 @@ def _array(value: Any) -> Any:
 def build(gm: GraphModule, *, options: Options, structure: Structure | None = None) -> Program:
     """The program of a graph of pure ONNX operators: written, checked by the ONNX checker, loaded by ONNX Runtime.
 
-    Raises LoweringError when one of them refuses it."""
+    A large one is loaded without optimizations: where ONNX Runtime computes float weights from stored integers, it keeps the result of
+    each operation on the way, of all weights, until it is through. Raises LoweringError when one of them refuses it."""
     fit_ir_version(gm)
     folder: tempfile.TemporaryDirectory[str] = tempfile.TemporaryDirectory(prefix="qgraph-")
     path = os.path.join(folder.name, FILE)
@@ -108,7 +117,12 @@ def build(gm: GraphModule, *, options: Options, structure: Structure | None = No
         checker.check_model(path)
     except checker.ValidationError as error:
         raise LoweringError(f"the lowered model is not valid ONNX: {' '.join(str(error).split())}") from error
-    return Program(gm, folder, session(path, options), options, structure)
+    program = Program(gm, folder, options, structure)
+    if sum(file.stat().st_size for file in program.path.parent.iterdir()) < LARGE:
+        program.session  # noqa: B018  made now
+    else:
+        session(path, replace(options, optimized=False))
+    return program
 
 
 def fit_ir_version(gm: GraphModule) -> None:

@@ -1,7 +1,7 @@
 """Codes of an embedding table that is a weight, too, are stored once: the product reads them out of the table.
 
     MatMulNBits(x, codes in blocks)   -> MatMulNBits(x, Reshape(Pad(table)))
-    MatMul(x, Cast(integers) * scale) -> MatMul(x, Cast(Transpose(table - 128)) * scale)
+    MatMul(x, Cast(integers) * scale) -> MatMul(x, Cast(Transpose(table xor 128)) * scale)
 
 ONNX Runtime computes what follows from constants when it loads the model, so this costs nothing but disk that is saved.
 """
@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import onnx_ir as ir
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -80,18 +79,12 @@ def _derivation(stored: Tensor, codes: Tensor) -> Callable[[Emitter, Node], Node
 
         return blocks
     if stored.dtype == torch.int8 and stored.dim() == 2 and stored.shape[1] == v and stored.shape[0] >= d:
-        if bool(stored[d:].any()) or not torch.equal((stored[:d].T.to(torch.int16) + 128).to(torch.uint8), codes):
+        if bool(stored[d:].any()) or not torch.equal(stored[:d].T.contiguous().view(torch.uint8) ^ 128, codes):
             return None
 
         def turned(o: Emitter, table: Node) -> Node:
-            wide = o("Cast", table, dtype="int32", to=int(ir.DataType.INT32))
-            signed = o(
-                "Cast",
-                o("Sub", wide, o.const(torch.tensor(128, dtype=torch.int32), "middle"), dtype="int32", since=7),
-                dtype="int8",
-                to=INT8,
-            )
-            y = o("Transpose", signed, dtype="int8", perm=[1, 0])
+            moved = o("BitwiseXor", table, o.const(torch.tensor(128, dtype=torch.uint8), "middle"), dtype="uint8", since=18)
+            y = o("Transpose", o("Cast", moved, dtype="int8", to=INT8), dtype="int8", perm=[1, 0])
             extra = stored.shape[0] - d
             return _padded(o, y, [0, 0, extra, 0], torch.tensor(0, dtype=torch.int8)) if extra else y
 

@@ -46,7 +46,7 @@ class TensorRT:
     def lower(self, gm: GraphModule, *, strict: bool = False) -> Simulation:
         """A converted graph as a simulation. `gm` is consumed. `strict` changes nothing: no kernel is promised. Raises LoweringError."""
         found = OnnxRuntime(name=self.name, passes=self.passes).lower(gm, optimized=False)
-        return Simulation(found.gm, found.folder, found.session, found.options, found.structure)
+        return Simulation(found.gm, found.folder, found.options, found.structure)
 
     def export(self, gm: GraphModule, path: str | os.PathLike[str]) -> None:
         """Write the file, checked by the ONNX checker and loaded by ONNX Runtime. `gm` is consumed. Raises LoweringError."""

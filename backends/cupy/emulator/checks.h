@@ -152,21 +152,21 @@ void warp_met(unsigned warp, unsigned mask, Kind kind) {
 
 // --- what emulate.py calls
 extern "C" {
-uint64_t emu_base() { return (uint64_t)&__ehdr_start; }
-void emu_tensors(unsigned n, const uint64_t *at, const uint64_t *bytes, const int *argument) {
+QG_PUBLIC uint64_t emu_base() { return (uint64_t)&__ehdr_start; }
+QG_PUBLIC void emu_tensors(unsigned n, const uint64_t *at, const uint64_t *bytes, const int *argument) {
   emu::tensors.clear();
   for (unsigned i = 0; i < n; i++) emu::tensors.push_back({at[i], bytes[i], argument[i], {}});
 }
-void emu_static_shared(uint64_t at, uint64_t bytes, const char *name) { emu::arrays.push_back({emu_base() + at, bytes, strdup(name), 0}); }
+QG_PUBLIC void emu_static_shared(uint64_t at, uint64_t bytes, const char *name) { emu::arrays.push_back({emu_base() + at, bytes, strdup(name), 0}); }
 // totals: bytes of the tensors that were read, written and touched at all, each once; then the counts. Returns the number of places.
-unsigned emu_profile(uint64_t *totals) {
+QG_PUBLIC unsigned emu_profile(uint64_t *totals) {
   using emu::Touched;
   totals[0] = totals[1] = 0;
   for (auto &t : emu::tensors) { totals[0] += Touched::count(t.touched.read); totals[1] += Touched::count(t.touched.written); }
   for (int i = 0; i < emu::COUNTS; i++) totals[2 + i] = emu::counts[i];
   return emu::traffic.places.size();
 }
-const emu::Place *emu_places() { return emu::traffic.places.data(); }
+QG_PUBLIC const emu::Place *emu_places() { return emu::traffic.places.data(); }
 
 // --- what -fsanitize=thread calls
 #define QG_HOOKS(n)                                                                                           \

@@ -42,28 +42,32 @@
 #define __constant__ static
 #define __restrict__ __restrict
 #define QG_UNCHECKED __attribute__((no_sanitize("thread")))
+#define QG_PUBLIC __attribute__((used, visibility("default")))   // all else is hidden: libraries share nothing
 #define QG_EXPORT(kernel) \
-  extern "C" int emu_launch_##kernel(const unsigned *dims, unsigned shared, void **args) { return emu::launch(kernel, dims, shared, args); }
+  extern "C" QG_PUBLIC int emu_launch_##kernel(const unsigned *dims, unsigned shared, void **args) { return emu::launch(kernel, dims, shared, args); }
 
 namespace emu {
 constexpr size_t STACK = 64 << 10;
 constexpr unsigned THREADS = 1024, WARPS = THREADS / 32;
 constexpr unsigned DYNAMIC_SHARED = 227 << 10;  // the most that a block of sm_90 can have
-enum State : uint8_t { READY, AT_BARRIER, AT_COLLECTIVE, DONE };
+enum State : uint8_t { RUNNING, AT_BARRIER, AT_COLLECTIVE, DONE };
 enum Kind : uint8_t { SYNC, SHUFFLE, VOTE, LDMATRIX, MOVMATRIX, MMA };   // what a warp does together
 
 struct Copy { void *to; const void *from; unsigned bytes, valid, group; };   // one cp.async: `valid` bytes are copied, the rest is zero
 struct Copies { Copy *queue; unsigned first, end, room, committed; };        // those of a thread that have not arrived: queue[first .. end)
-struct Fiber { void *sp; char *stack; uint3 tid; State state; unsigned lane, warp; const void *waits; Copies copies; };
+struct alignas(64) Fiber { void *sp; char *stack; uint3 tid; State state; unsigned lane, warp; const void *waits; };
 struct Group { unsigned mask, arrived; Kind kind; void *operand[32]; };      // lanes of one warp that wait for each other
 struct Warp { unsigned waiting; Group groups[32]; };
 struct Block {
-  unsigned threads, alive, at_barrier, shared; uint3 id; dim3 dim, grid; Fiber *now; void *scheduler;   // now: the thread that runs
+  unsigned threads, alive, at_barrier, shared, at; uint3 id; dim3 dim, grid; Fiber *now; void *caller;   // now: the thread that runs, the at-th
   void (*entry)(void *); void *argument; size_t argument_bytes;
 };
 inline Block B;
 inline Fiber fibers[THREADS];
+inline Copies copies[THREADS];
 inline Warp warps[WARPS];
+inline unsigned order[THREADS], place[THREADS];   // threads run in this order; where a thread is in it
+inline uint64_t ready[THREADS / 64];              // a bit for each place: that thread can run
 inline char error[1024];
 inline unsigned schedule = 0;
 alignas(1024) inline unsigned char dynamic_shared[DYNAMIC_SHARED];
@@ -114,15 +118,35 @@ qg_emu_swap:
   popq %rdx; jmp *%rdx
 .size qg_emu_swap,.-qg_emu_swap
 )");
-QG_UNCHECKED inline void suspend() { qg_emu_swap(&B.now->sp, B.scheduler); }
+QG_UNCHECKED inline void wake(unsigned thread) { ready[place[thread] / 64] |= 1ull << place[thread] % 64; }
+QG_UNCHECKED inline void wake_all() { for (unsigned i = 0; i < B.threads; i += 32) ready[i / 64] |= 0xffffffffull << i % 64; }
+// The next thread in the order that can run, from the place after this one on and around; null if there is none.
+QG_UNCHECKED inline Fiber *next_ready() {
+  unsigned words = (B.threads + 63) / 64, w = B.at / 64;
+  uint64_t bits = ready[w] & ~0ull << B.at % 64 << 1;
+  for (unsigned i = 0; !bits && i < words; i++) bits = ready[w = w + 1 < words ? w + 1 : 0];
+  if (!bits) return nullptr;
+  ready[w] &= ~(bits & -bits);
+  B.at = w * 64 + __builtin_ctzll(bits);
+  Fiber *f = &fibers[order[B.at]];
+  f->state = RUNNING;
+  return f;
+}
+// Goes on with another thread; returns when this one's turn has come again. Where none can run, or after an error, the launch goes on.
+__attribute__((noinline)) QG_UNCHECKED inline void suspend() {
+  Fiber *me = B.now;
+  B.now = error[0] ? nullptr : next_ready();
+  if (B.now != me) qg_emu_swap(&me->sp, B.now ? B.now->sp : B.caller);
+}
 // Ends the launch with an error; a thread that calls it does not go on. "{pc}" stands for a place in the code (emulate.py finds the line).
 template <class... A> QG_UNCHECKED inline void fail(const char *format, A... a) {
   if (!error[0]) snprintf(error, sizeof error, format, a...);
   if (B.now) suspend();
 }
+QG_UNCHECKED inline Copies &my_copies() { return copies[B.now - fibers]; }
 [[noreturn]] QG_UNCHECKED inline void fiber_main() {
   B.entry(B.argument);
-  if (B.now->copies.first != B.now->copies.end) fail("a thread ends with copies of cp.async that it never waited for");
+  if (my_copies().first != my_copies().end) fail("a thread ends with copies of cp.async that it never waited for");
   B.now->state = DONE;
   B.alive--;
   suspend();
@@ -145,7 +169,7 @@ QG_SEEN void block_barrier() {
       fail("__syncthreads in block (%u,%u,%u) after %u of %u threads have exited, at {%p}", B.id.x, B.id.y, B.id.z, B.threads - B.alive, B.threads, QG_PC);
     B.at_barrier = 0;
     barrier_passed();
-    for (unsigned i = 0; i < B.threads; i++) if (fibers[i].state == AT_BARRIER) fibers[i].state = READY;
+    wake_all();
   }
   suspend();
 }
@@ -172,8 +196,7 @@ QG_UNCHECKED inline void release(Group *g) {
   warp_met(warp, mask, g->kind);
   Group &last = warps[warp].groups[--warps[warp].waiting];
   if (&last != g) *g = last;
-  Fiber *lanes = fibers + warp * 32;
-  for (unsigned m = mask; m; m &= m - 1) lanes[__builtin_ctz(m)].state = READY;
+  for (unsigned m = mask & ~(1u << B.now->lane); m; m &= m - 1) wake(warp * 32 + __builtin_ctz(m));
 }
 QG_SEEN void warp_barrier(unsigned mask) { if (Group *g = meet(mask, SYNC, nullptr, QG_PC)) release(g); }
 
@@ -192,7 +215,7 @@ QG_UNCHECKED inline void report_deadlock() {
   fail("divergent barrier in block (%u,%u,%u): %u threads wait at __syncthreads%s, %u in a warp operation%s, %u of %u have exited", B.id.x, B.id.y, B.id.z,
        barrier, where[0], warp, where[1], B.threads - B.alive, B.threads);
 }
-QG_UNCHECKED inline bool run_block(const unsigned *order) {
+QG_UNCHECKED inline bool run_block() {
   for (unsigned i = 0; i < B.threads; i++) {
     Fiber &f = fibers[i];
     if (!f.stack) {
@@ -200,24 +223,19 @@ QG_UNCHECKED inline bool run_block(const unsigned *order) {
       mprotect(f.stack, 4096, PROT_NONE);
     }
     f.tid = {i % B.dim.x, i / B.dim.x % B.dim.y, i / (B.dim.x * B.dim.y)};
-    f.state = READY; f.lane = i & 31; f.warp = i >> 5; f.sp = fresh_stack(f.stack, i);
-    f.copies.first = f.copies.end = f.copies.committed = 0;
+    f.lane = i & 31; f.warp = i >> 5; f.sp = fresh_stack(f.stack, i);
+    copies[i].first = copies[i].end = copies[i].committed = 0;
+    place[order[i]] = i;
   }
   for (unsigned w = 0; w < B.threads / 32; w++) warps[w].waiting = 0;
-  while (B.alive) {
-    bool any = false;
-    for (unsigned i = 0; i < B.threads; i++) {
-      Fiber &f = fibers[order[i]];
-      if (f.state != READY) continue;
-      any = true;
-      B.now = &f;
-      qg_emu_swap(&B.scheduler, f.sp);
-      B.now = nullptr;
-      if (error[0]) return false;
-    }
-    if (!any && B.alive) { report_deadlock(); return false; }
-  }
-  return true;
+  wake_all();
+  B.at = B.threads - 1;
+  B.now = next_ready();
+  qg_emu_swap(&B.caller, B.now->sp);
+  if (B.alive && !error[0]) report_deadlock();
+  memset(ready, 0, sizeof ready);
+  B.now = nullptr;
+  return !error[0];
 }
 QG_UNCHECKED inline bool run(dim3 grid, dim3 dim, unsigned shared, void (*entry)(void *), void *argument, size_t argument_bytes) {
   unsigned n = dim.x * dim.y * dim.z;
@@ -227,7 +245,6 @@ QG_UNCHECKED inline bool run(dim3 grid, dim3 dim, unsigned shared, void (*entry)
   if (shared > DYNAMIC_SHARED) fail("%u bytes of shared memory; %u are possible", shared, DYNAMIC_SHARED);
   if (error[0]) return false;
   B.threads = n; B.grid = grid; B.dim = dim; B.entry = entry; B.argument = argument; B.argument_bytes = argument_bytes; B.shared = shared;
-  unsigned order[THREADS];
   for (unsigned i = 0; i < n; i++) order[i] = schedule == 1 ? n - 1 - i : i;
   std::mt19937 random(schedule);
   launch_starts();
@@ -235,7 +252,7 @@ QG_UNCHECKED inline bool run(dim3 grid, dim3 dim, unsigned shared, void (*entry)
     B.id = {x, y, z}; B.alive = n; B.at_barrier = 0;
     if (schedule > 1) std::shuffle(order, order + n, random);
     block_starts();
-    if (!run_block(order)) return false;
+    if (!run_block()) return false;
     block_ends();
   }
   return true;
@@ -250,8 +267,8 @@ template <class... A> int launch(void (*kernel)(A...), const unsigned *d, unsign
 }
 }  // namespace emu
 
-extern "C" inline __attribute__((used)) const char *emu_error() { return emu::error; }
-extern "C" inline __attribute__((used)) void emu_schedule(unsigned s) { emu::schedule = s; }
+extern "C" QG_PUBLIC inline const char *emu_error() { return emu::error; }
+extern "C" QG_PUBLIC inline void emu_schedule(unsigned s) { emu::schedule = s; }
 
 #define threadIdx (emu::B.now->tid)
 #define blockIdx (emu::B.id)

@@ -23,12 +23,12 @@ class Traffic {
   }
   void note(unsigned thread, uintptr_t at, unsigned bytes, bool shared, Access kind, uint64_t pc) {
     lanes[thread].push_back({place(pc, shared, kind), bytes, at});
+    busy[thread / 32] = true;
   }
   // Puts together what the lanes of a warp did.
   void warp_met(unsigned warp) {
-    bool any = false;
-    for (unsigned l = 0; l < 32; l++) any |= !lanes[warp * 32 + l].empty();
-    if (!any) return;
+    if (!busy[warp]) return;
+    busy[warp] = false;
     together.resize(places.size());
     visits.assign(places.size(), 0);
     used.assign(places.size(), 0);
@@ -53,6 +53,7 @@ class Traffic {
   std::map<std::tuple<uint64_t, bool, Access>, uint32_t> index;
   struct Recent { uint64_t pc; uint32_t place; bool shared; Access kind; } recent[1024];
   std::vector<Asked> lanes[THREADS];
+  bool busy[WARPS] = {};   // whether its lanes have anything to put together
   std::vector<std::vector<Together>> together;
   std::vector<unsigned> visits, used;
 

@@ -57,32 +57,29 @@ QG_SEEN unsigned transpose8(unsigned r) {
 
 // --- tensor cores: D[16][8] += A[16][k] B[k][8], k in 8 registers of 4 bytes. Lane l has of A, registers r: row l / 4 + 8 (r % 2), words
 // l % 4 + 4 (r / 2); of B column l / 4, words l % 4 + 4 r; of D rows l / 4 and l / 4 + 8, columns 2 (l % 4) and + 1.
-struct Fragments { const unsigned *a, *b; unsigned *d; };
+// Every lane puts its A and B into the warp's tile; the last makes the products, and every lane adds its own to D.
 struct Tile { alignas(32) unsigned a[16][8], b[8][8], d[16][8]; };
-QG_UNCHECKED inline void gather(Tile &t, void **operands) {
-  for (int l = 0; l < 32; l++) {
-    const Fragments &f = *(Fragments *)operands[l];
-    int row = l >> 2, word = l & 3;
-    for (int r = 0; r < 4; r++) t.a[row + 8 * (r & 1)][word + 4 * (r >> 1)] = f.a[r];
-    for (int r = 0; r < 2; r++) t.b[row][word + 4 * r] = f.b[r];
-    for (int i = 0; i < 4; i++) t.d[row + 8 * (i >> 1)][2 * word + (i & 1)] = f.d[i];
-  }
+inline Tile tiles[WARPS];
+QG_UNCHECKED inline Tile &put(const unsigned *a, const unsigned *b) {
+  Tile &t = tiles[B.now->warp];
+  int row = B.now->lane >> 2, word = B.now->lane & 3;
+  for (int r = 0; r < 4; r++) t.a[row + 8 * (r & 1)][word + 4 * (r >> 1)] = a[r];
+  for (int r = 0; r < 2; r++) t.b[row][word + 4 * r] = b[r];
+  return t;
 }
-QG_UNCHECKED inline void scatter(const Tile &t, void **operands) {
-  for (int l = 0; l < 32; l++)
-    for (int i = 0; i < 4; i++) ((Fragments *)operands[l])->d[i] = t.d[(l >> 2) + 8 * (i >> 1)][2 * (l & 3) + (i & 1)];
+template <class N> QG_UNCHECKED inline void add(N *d, const Tile &t) {
+  int row = B.now->lane >> 2, column = 2 * (B.now->lane & 3);
+  for (int i = 0; i < 4; i++) {
+    N product;
+    memcpy(&product, &t.d[row + 8 * (i >> 1)][column + (i & 1)], 4);
+    d[i] += product;
+  }
 }
 template <bool UNSIGNED> QG_UNCHECKED inline __m256i widened(const unsigned *bytes) {   // 16 bytes as 16-bit integers
   __m128i v = _mm_load_si128((const __m128i *)bytes);
   return UNSIGNED ? _mm256_cvtepu8_epi16(v) : _mm256_cvtepi8_epi16(v);
 }
-template <bool UNSIGNED_A> QG_SEEN void mma_int8(int *d, const unsigned *a, const unsigned *b) {
-  Fragments mine{a, b, (unsigned *)d};
-  Group *g = meet(~0u, MMA, &mine, QG_PC);
-  if (!g) return;
-  QG_COUNT(MMA_INT8);
-  Tile t;
-  gather(t, g->operand);
+template <bool UNSIGNED_A> QG_UNCHECKED inline void multiply_int8(Tile &t) {
   __m256i column[8][2];
   for (int j = 0; j < 8; j++) for (int h = 0; h < 2; h++) column[j][h] = widened<false>(t.b[j] + 4 * h);
   for (int i = 0; i < 16; i++) {
@@ -90,24 +87,24 @@ template <bool UNSIGNED_A> QG_SEEN void mma_int8(int *d, const unsigned *a, cons
     for (int j = 0; j < 8; j++) s[j] = _mm256_add_epi32(_mm256_madd_epi16(low, column[j][0]), _mm256_madd_epi16(high, column[j][1]));
     __m256i p = _mm256_hadd_epi32(_mm256_hadd_epi32(s[0], s[1]), _mm256_hadd_epi32(s[2], s[3]));
     __m256i q = _mm256_hadd_epi32(_mm256_hadd_epi32(s[4], s[5]), _mm256_hadd_epi32(s[6], s[7]));
-    __m256i sums = _mm256_add_epi32(_mm256_permute2x128_si256(p, q, 0x20), _mm256_permute2x128_si256(p, q, 0x31));
-    _mm256_store_si256((__m256i *)t.d[i], _mm256_add_epi32(_mm256_load_si256((__m256i *)t.d[i]), sums));
+    _mm256_store_si256((__m256i *)t.d[i], _mm256_add_epi32(_mm256_permute2x128_si256(p, q, 0x20), _mm256_permute2x128_si256(p, q, 0x31)));
   }
-  scatter(t, g->operand);
-  release(g);
+}
+template <bool UNSIGNED_A> QG_SEEN void mma_int8(int *d, const unsigned *a, const unsigned *b) {
+  Tile &t = put(a, b);
+  if (Group *g = meet(~0u, MMA, nullptr, QG_PC)) {
+    QG_COUNT(MMA_INT8);
+    multiply_int8<UNSIGNED_A>(t);
+    release(g);
+  }
+  add((unsigned *)d, t);   // modulo 2**32
 }
 template <bool BFLOAT> QG_UNCHECKED inline __m256 floats(const unsigned *pairs) {   // 8 halves or bfloats as floats
   __m128i v = _mm_load_si128((const __m128i *)pairs);
   return BFLOAT ? _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16)) : _mm256_cvtph_ps(v);
 }
-// The products are exact in float; the sums are rounded one by one in the order of k, which the device does otherwise.
-template <bool BFLOAT> QG_SEEN void mma_float(float *d, const unsigned *a, const unsigned *b) {
-  Fragments mine{a, b, (unsigned *)d};
-  Group *g = meet(~0u, MMA, &mine, QG_PC);
-  if (!g) return;
-  QG_COUNT(MMA_FLOAT);
-  Tile t;
-  gather(t, g->operand);
+// The products are exact in float; their sums are rounded one by one in the order of k, which the device does otherwise.
+template <bool BFLOAT> QG_UNCHECKED inline void multiply_float(Tile &t) {
   alignas(32) float A[16][16], column[16], Bm[16][8];
   for (int i = 0; i < 16; i++) for (int h = 0; h < 2; h++) _mm256_store_ps(&A[i][8 * h], floats<BFLOAT>(t.a[i] + 4 * h));
   for (int j = 0; j < 8; j++) {
@@ -115,17 +112,24 @@ template <bool BFLOAT> QG_SEEN void mma_float(float *d, const unsigned *a, const
     for (int k = 0; k < 16; k++) Bm[k][j] = column[k];
   }
   for (int i = 0; i < 16; i++) {
-    __m256 sum = _mm256_load_ps((float *)t.d[i]);
+    __m256 sum = _mm256_setzero_ps();
     for (int k = 0; k < 16; k++) sum = _mm256_add_ps(sum, _mm256_mul_ps(_mm256_set1_ps(A[i][k]), _mm256_load_ps(Bm[k])));
     _mm256_store_ps((float *)t.d[i], sum);
   }
-  scatter(t, g->operand);
-  release(g);
+}
+template <bool BFLOAT> QG_SEEN void mma_float(float *d, const unsigned *a, const unsigned *b) {
+  Tile &t = put(a, b);
+  if (Group *g = meet(~0u, MMA, nullptr, QG_PC)) {
+    QG_COUNT(MMA_FLOAT);
+    multiply_float<BFLOAT>(t);
+    release(g);
+  }
+  add(d, t);
 }
 
 // --- cp.async: the bytes arrive when the group is waited for, not before.
 QG_SEEN void copy_async(void *to, const void *from, unsigned bytes, unsigned valid) {
-  Copies &c = B.now->copies;
+  Copies &c = my_copies();
   if (((uintptr_t)to | (valid ? (uintptr_t)from : 0)) % bytes) fail("cp.async of %u bytes at an address that is not a multiple of %u, at {%p}", bytes, bytes, QG_PC);
   if (valid) access(from, valid, READ, QG_PC);
   copy_issued(to, bytes, QG_PC);
@@ -133,9 +137,9 @@ QG_SEEN void copy_async(void *to, const void *from, unsigned bytes, unsigned val
   if (c.end == c.room) c.queue = (Copy *)realloc(c.queue, (c.room = 2 * c.room + 16) * sizeof(Copy));
   c.queue[c.end++] = {to, from, bytes, valid, c.committed};
 }
-QG_UNCHECKED inline void copy_commit() { B.now->copies.committed++; }
+QG_UNCHECKED inline void copy_commit() { my_copies().committed++; }
 QG_UNCHECKED inline void copy_wait(unsigned pending) {
-  Copies &c = B.now->copies;
+  Copies &c = my_copies();
   for (; c.first < c.end && c.queue[c.first].group + pending < c.committed; c.first++) {
     const Copy &copy = c.queue[c.first];
     memcpy(copy.to, copy.from, copy.valid);

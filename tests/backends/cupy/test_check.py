@@ -8,7 +8,7 @@ import pytest
 
 from qgraph.backends.cupy import check as checking
 from qgraph.backends.cupy import resources
-from qgraph.backends.cupy.check import check, configuration, kernels, main
+from qgraph.backends.cupy.check import ARCHS, check, configuration, kernels, main, shape
 from qgraph.backends.cupy.launch import Kernel
 from qgraph.backends.cupy.resources import cuobjdump, usages
 from qgraph.backends.cupy.toolchain import HERE
@@ -143,7 +143,21 @@ def test_every_kernel_says_which_instructions_it_is_about():
     assert [f"{k.name} {configuration(k)}" for k in kernels() if not k.expects] == []
 
 
+@compiles
+@pytest.mark.slow
+def test_no_kernel_spills_and_each_holds_its_instructions():
+    """Each kernel for one architecture in turn; the command takes all of them."""
+    found = kernels()
+    problems = [
+        f"{c.kernel.name} {configuration(c.kernel)} sm_{c.arch}: {p}"
+        for i, arch in enumerate(ARCHS)
+        for c in check(found[i :: len(ARCHS)], (arch,))
+        for p in c.problems
+    ]
+    assert problems == []
+
+
 def test_the_readme_lists_every_kernel():
     """`python -m qgraph.backends.cupy.check --markdown` prints the table."""
     listed = set(re.findall(r"^\| `(\w+)` \| `?([^`|]*)`? \|", README.read_text(), re.MULTILINE))
-    assert {(k.name, configuration(k)) for k in kernels()} <= listed
+    assert {(k.name, shape(k)) for k in kernels()} <= listed
