@@ -223,8 +223,9 @@ def _is_quantized(node: Node) -> bool:
         return True
     if isinstance(node.target, OnnxOp) and node.target.op_type == "BitShift":  # packed codes of a weight
         return any(codes.dim() > 1 for n in node.all_input_nodes if (codes := const_value(n)) is not None)
-    cast = view(Cast, node)  # a weight in Cast(int8) * scale
-    stored = const_value(cast.x) if cast is not None and "float" in cast.to else None
+    cast = view(Cast, node)  # a weight in Cast(int8) * scale, or in bytes that are looked up
+    is_weight = cast is not None and ("float" in cast.to or any(getattr(user.target, "op_type", "") == "Gather" for user in node.users))
+    stored = const_value(cast.x) if cast is not None and is_weight else None
     return stored is not None and stored.dtype in (torch.int8, torch.uint8) and stored.dim() > 1
 
 

@@ -302,13 +302,36 @@ def evaluate(model: str, text: str, tokenizer: str | None, window: int, samples:
 
 @main.command()
 @click.argument("file", metavar="FILE.onnx")
+@click.option("--backend", type=click.Choice(["onnxruntime", "cupy"]), default="onnxruntime", show_default=True, help="What would run it.")
+@click.option("--recipe", help="With --backend cupy: quantize it first, by a recipe that needs no data.")
+@click.option(
+    "--dim", "dims", multiple=True, metavar="NAME=N", help="With --backend cupy: the size of an axis; may be repeated.  [default: 1]"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def inspect(file: str, as_json: bool) -> None:
-    """Nodes by kind, weights by type, the quantized share, and what ONNX Runtime runs."""
+def inspect(file: str, backend: str, recipe: str | None, dims: tuple[str, ...], as_json: bool) -> None:
+    """Nodes by kind, weights by type, the quantized share, and what ONNX Runtime runs.
+
+    With --backend cupy: the CUDA kernel of each layer, what it has to do, and the least time that takes on some GPUs."""
+    if backend == "cupy":
+        from qgraph.backends.cupy.layers import inspect as inspect_kernels
+
+        kernels = inspect_kernels(file, recipe=recipe, dims=_sizes(dims))
+        click.echo(json.dumps(kernels.as_json()) if as_json else kernels.text())
+        return
+    if recipe is not None or dims:
+        raise click.UsageError("--recipe and --dim are for --backend cupy")
     from qgraph import inspect as inspection
 
     found = inspection.inspect(file)
     click.echo(json.dumps(found.as_json()) if as_json else inspection.text(found))
+
+
+def _sizes(dims: tuple[str, ...]) -> dict[str, int]:
+    """NAME=N, ... as numbers by name."""
+    pairs = [d.partition("=") for d in dims]
+    if wrong := [d for d, (name, _, n) in zip(dims, pairs, strict=True) if not name or not n.isdigit()]:
+        raise click.BadParameter(f"{wrong[0]}: give a name and a number, as in batch=8", param_hint="--dim")
+    return {name: int(n) for name, _, n in pairs}
 
 
 @main.command()

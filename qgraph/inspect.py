@@ -170,8 +170,8 @@ def _float_constant(value: ir.Value | None) -> bool:
 
 def file_bytes(path: Path, model: ir.Model) -> int:
     """The size of the file and of the external data that it refers to."""
-    data = {Path(tensor.path) for _, tensor in _stored(model) if isinstance(tensor, ir.ExternalTensor)}
-    return sum(p.stat().st_size for p in {path, *data})
+    data = {Path(tensor.path).resolve() for _, tensor in _stored(model) if isinstance(tensor, ir.ExternalTensor)}
+    return sum(p.stat().st_size for p in {path.resolve(), *data})
 
 
 def _optimized(path: Path) -> tuple[dict[str, int] | None, str]:

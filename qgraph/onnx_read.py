@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,44 +15,48 @@ from torch.fx import GraphModule
 from qgraph.errors import ModelError
 from qgraph.onnx_external import byte_range
 from qgraph.onnx_import import import_model
-from qgraph.onnx_inline import put_weights, take_weights
+from qgraph.onnx_inline import is_inside, load_weights, outline
 from qgraph.onnx_proto import deserialize
 
 
 def from_onnx(source: str | os.PathLike[str] | onnx.ModelProto | ir.Model) -> GraphModule:
     """An ONNX model as a GraphModule, callable with torch tensors and returning a tuple.
 
-    External data is mapped into memory, not read. Raises ModelError for a missing, empty, corrupt or truncated file, external data
+    External data is mapped into memory, not read; of weights inside the file as much stays in memory as of other constants (see spill.py).
+    Raises ModelError for a missing, empty, corrupt or truncated file, external data
     outside the model's folder, and an invalid graph."""
     if isinstance(source, ir.Model):
         return import_model(source)
     if isinstance(source, onnx.ModelProto):
-        return import_model(_deserialize(source, "the model", base=""))
+        return import_model(_deserialize(source, "the model", path=None))
     if not isinstance(source, (str, os.PathLike)):
         raise ModelError(f"from_onnx takes a path, an onnx.ModelProto or an onnx_ir.Model, got {type(source).__name__}")
-    return import_model(read_model(source))
+    model = read_model(source)
+    load_weights(model, Path(source))
+    return import_model(model)
 
 
 def read_model(path: str | os.PathLike[str]) -> ir.Model:
-    """An ONNX file as onnx_ir has it, checked as `from_onnx` does and raising the same errors."""
+    """An ONNX file as onnx_ir has it, checked as `from_onnx` does and raising the same errors.
+
+    Its larger weights are not read: they are external tensors, also those that lie inside the file."""
     path = Path(path)
-    proto, weights = take_weights(_read(path))
-    model = _deserialize(proto, f"{os.fspath(path)!r}", base=os.fspath(path.parent))
-    put_weights(model, proto, weights)
-    return model
+    return _deserialize(_read(path), f"{os.fspath(path)!r}", path=path)
 
 
 def _read(path: Path) -> onnx.ModelProto:
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            if not os.fstat(file.fileno()).st_size:
+                raise ModelError(f"ONNX file {os.fspath(path)!r} is empty")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping:
+                data = outline(mapping, path.resolve().name)
     except FileNotFoundError:
         raise ModelError(f"ONNX file {os.fspath(path)!r} does not exist") from None
     except IsADirectoryError:
         raise ModelError(f"{os.fspath(path)!r} is a directory; name the .onnx file in it") from None
     except OSError as error:
         raise ModelError(f"ONNX file {os.fspath(path)!r} cannot be read: {error.strerror}") from error
-    if not data:
-        raise ModelError(f"ONNX file {os.fspath(path)!r} is empty")
     proto = onnx.ModelProto()
     try:
         proto.ParseFromString(data)
@@ -60,13 +65,15 @@ def _read(path: Path) -> onnx.ModelProto:
     return proto
 
 
-def _deserialize(proto: onnx.ModelProto, name: str, *, base: str) -> ir.Model:
+def _deserialize(proto: onnx.ModelProto, name: str, *, path: Path | None) -> ir.Model:
     if not proto.HasField("graph") or not proto.opset_import:
         raise ModelError(f"{name} is not an ONNX model: it holds no graph or imports no operator set")
     model = deserialize(proto)
     for graph in (model.graph, *(f.graph for f in model.functions.values())):
-        ir.external_data.set_base_dir(graph, base)
+        ir.external_data.set_base_dir(graph, "" if path is None else path.parent)
     for tensor in _external(model):
+        if path is not None and is_inside(tensor, path):
+            tensor.base_dir = path.resolve().parent  # where a link points
         byte_range(tensor)
     return model
 

@@ -231,7 +231,9 @@ class _Planner:
         total, is_mapped = sum(map(spill.size, stored)), any(map(spill.is_mapped, stored))
         file = total - kept + scales + sum(numels[n] * s.bits // 8 for n, s in self.weights.items())
         segment = max((weights for _, _, weights, _ in cuts), default=0)
-        inline = 0 if file > INLINE_LIMIT or is_mapped else 4 * file
+        external = any(hasattr(t, "onnx_source") for t in stored)
+        moved = sum(spill.size(t) for t in stored if spill.is_mapped(t) and not hasattr(t, "onnx_source"))  # out of the model's own file
+        inline = 0 if file > INLINE_LIMIT or external else 4 * file
         return Plan(
             segments=len(groups),
             widest=widest,
@@ -244,7 +246,7 @@ class _Planner:
             segment=segment,
             statistics=max((p.workspace(*shape) for p in loops for shape in rows), default=0),
             packing=PACKING * max(numels.values(), default=0) + 24 * PART + inline,
-            disk=max(0, constants - spill.HELD) + max(0, live_total - 2 * BUDGET),
+            disk=moved + max(0, constants - spill.HELD) + max(0, live_total - 2 * BUDGET),
             file=file,
         )
 

@@ -11,7 +11,7 @@ import os
 import tempfile
 import weakref
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -19,10 +19,10 @@ from torch import Tensor
 
 from qgraph.errors import ModelError
 
-LARGE = 2**20
+LARGE = 2**16
 """Bytes below which a constant stays in memory."""
 
-HELD = 2**28
+HELD = 2**27
 """Bytes of new constants, of all graphs together, that stay in memory."""
 
 RESIDENT = 2**28
@@ -103,17 +103,19 @@ def size(value: Tensor) -> int:
     return value.numel() * value.element_size()
 
 
-def settled(value: Tensor) -> Tensor:
-    """A constant that is to stay: in memory while there are less than `HELD` bytes of such, else in a file."""
+def settled(value: Tensor, owner: Any = None) -> Tensor:
+    """A constant that is to stay: in memory while there are less than `HELD` bytes of such, else in a file.
+
+    `owner` is what the memory belongs to, if it is not the tensor itself."""
     global _held
     release()
     count = size(value)
-    if count < LARGE or is_mapped(value):
+    if count < LARGE or is_mapped(value) or not value.is_contiguous() or value.device.type != "cpu":  # a view of memory that stays as it is
         return value
     if _held + count > HELD:
         return _constants.put(value)
     _held += count
-    weakref.finalize(value, _dropped, count)
+    weakref.finalize(value if owner is None else owner, _dropped, count)
     return value
 
 

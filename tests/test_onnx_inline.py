@@ -13,7 +13,7 @@ from onnx import GraphProto, ModelProto, TensorProto, helper, numpy_helper
 
 from qgraph import spill
 from qgraph.inspect import file_bytes
-from qgraph.onnx_inline import outline
+from qgraph.onnx_inline import _encoded, outline
 from qgraph.onnx_io import from_onnx, save_onnx, to_proto
 from qgraph.onnx_read import read_model
 from tests.protos import equal
@@ -118,6 +118,16 @@ def parses(data: bytes) -> bool:
     except DecodeError:
         return False
     return True
+
+
+def test_what_is_no_model_is_given_back() -> None:
+    deep = GraphProto(initializer=[weight("w", 300)]).SerializeToString()
+    for _ in range(500):
+        for tag in b"\x32\x2a\x0a":  # the graph of an attribute of a node of a graph
+            deep = bytes([tag]) + _encoded(len(deep)) + deep
+    deep = b"\x3a" + _encoded(len(deep)) + deep
+    for data in (b"\xff" * 10_000_000, b"text\n" * 1000, deep):
+        assert outline(data, "m") == data
 
 
 def test_data_of_a_wrong_size_or_type_stays_for_the_reader() -> None:

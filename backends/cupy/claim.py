@@ -4,6 +4,8 @@
     dynamic_quantize                quantize_tensor, quantize_rows
     quantized_linear                w8a8_linear
     dequant_linear                  weight_only_linear
+    embedding of a dequantized      embedding_dequantize
+    dequantize                      dequantize
 
 A node that no rule takes stays what it is and runs in torch; `Program.kernels()` tells which, and the reason that its rule gave.
 """
@@ -20,17 +22,18 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qgraph.backends.cupy import quantizing, w8a8, weight_only  # noqa: F401  (register their ops)
+from qgraph.backends.cupy.embedding import pack_table
 from qgraph.backends.cupy.launch import TYPES
 from qgraph.backends.cupy.ops import K
 from qgraph.backends.cupy.packed_cache import packed
 from qgraph.backends.cupy.weight_packing import pack_bias, pack_weight
 from qgraph.errors import LoweringError
 from qgraph.ops import Q
-from qgraph.pattern import Match, Op
+from qgraph.pattern import Match, Op, Var
 from qgraph.pipeline import EQUIVALENT, Context, Contract, Pass
 from qgraph.rewrite import Rewriter, rule
 from qgraph.types import QSpec, storage, type_of
-from qgraph.views import const_value, operands
+from qgraph.views import Embedding, const_value, operands
 
 
 @rule(Op(Q.quantize.default))
@@ -94,6 +97,42 @@ def dequant_linear(m: Match, rw: Rewriter) -> Node:
     return rw.call(K.weight_only_linear.default, got["x"], codes, row, ratio, zeros, bias, *sizes, like=m.root)
 
 
+@rule(Op(Embedding, weight=Op(Q.dequantize.default, "table"), indices=Var("indices")))
+def embedding(m: Match, rw: Rewriter) -> Node:
+    """Rows of integers are gathered, then dequantized."""
+    w, ids = operands(m.table), type_of(m.indices)
+    table, _, _ = (_stored(rw, w[k]) for k in ("q", "scale", "zero_point"))
+    group = _rows_of_scales(rw, w, rank=2)
+    dtype = w["dtype"]
+    _require_bytes(rw, dtype)
+    if ids is None or ids.dtype != "int64":
+        rw.decline(f"the kernel reads ids of int64, and %{m.indices.name} is {ids or 'of unknown type'}")
+    codes = rw.const(w["q"], lambda q: pack_table(q, dtype))
+    return rw.call(K.embedding_dequantize.default, m.indices, codes, w["scale"], w["zero_point"], dtype, table.shape[1], group, like=m.root)
+
+
+@rule(Op(Q.dequantize.default))
+def dequantize(m: Match, rw: Rewriter) -> Node:
+    """What torch reads as floats."""
+    got, kind = operands(m.root), type_of(m.root)
+    _require_bytes(rw, got["dtype"])
+    _float_type(rw, got["scale"])
+    group = _rows_of_scales(rw, got, rank=None if kind is None or kind.shape is None else len(kind.shape))
+    return rw.call(K.dequantize.default, got["q"], got["scale"], got["zero_point"], group, like=m.root)
+
+
+def _rows_of_scales(rw: Rewriter, got: dict[str, Any], rank: int | None) -> int:
+    """`group` of the kernels that dequantize, whose scales run along rows: one in all, one per row, or one per group of a row."""
+    axis, group = got["axis"], got["group"]
+    if axis is None or (axis == -1 and group == -1):
+        return 0
+    if rank is not None and group > 0 and axis % rank == rank - 1:
+        return int(group)
+    if rank != 2 or axis % rank != 0 or group:
+        rw.decline(f"the kernel has scales along the last axis or one per row, not along axis {axis} in groups of {group}")
+    return 0
+
+
 def _pack_integers(weight: Tensor, scale: Tensor, zero: Tensor | None) -> Mapping[str, Tensor]:
     p = w8a8.pack(weight, scale, zero)
     return _present(weight=p.weight, scale=p.scale, sums=p.sums, zero_point=p.zero_point)
@@ -131,7 +170,7 @@ def _float_type(rw: Rewriter, x: Node) -> torch.dtype:
     return found  # type: ignore[no-any-return]  # getattr of a module
 
 
-RULES = (quantize, dynamic_quantize, quantized_linear, dequant_linear)
+RULES = (quantize, dynamic_quantize, quantized_linear, dequant_linear, embedding)
 
 
 @dataclass(frozen=True)
@@ -142,4 +181,4 @@ class ClaimKernels(Pass):
     contract: ClassVar[Contract] = EQUIVALENT(2e-3)
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
-        return ctx.apply(gm, RULES)
+        return ctx.apply(gm, RULES) + ctx.apply(gm, [dequantize])  # those that the others have left

@@ -287,7 +287,8 @@ QG_KERNEL __launch_bounds__(THREADS) kv_attention(const REAL *q, const unsigned 
   QG_DYNAMIC_SHARED(shared);
   Shape shape = {kv_heads, group, queries};
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = lane % 4, b = blockIdx.z;
-  int slices = gridDim.y / kv_heads, head = blockIdx.y / slices, first = blockIdx.y % slices * ROWS, count = min(group * queries - first, ROWS);
+  int slices = gridDim.y / kv_heads, head = blockIdx.y / slices, first = blockIdx.y % slices * ROWS;
+  int count = min(group * queries - first, ROWS);
   int tokens = min(lengths[b] + fresh, capacity), each = share(tokens, gridDim.x);
   int begin = blockIdx.x * each, end = min(begin + each, tokens);
   if (begin >= tokens && blockIdx.x) return;   // block 0 stays, for a sequence without tokens

@@ -1,17 +1,18 @@
-"""A quantized key/value cache: append quantizes, attend reads the codes (kv_append.cu, kv_attention.cu; kv_reference.py says the same in torch).
+"""A quantized key/value cache: appending quantizes, attention reads the codes (kv_append.cu, kv_attention.cu; in torch: kv_reference.py).
 
     cache = QuantizedCache.allocate(batch, kv_heads, head_dim, capacity=4096, bits=8, dtype=torch.float16, device="cuda")
-    cache.append(k, v)                  [batch, new, kv_heads, head_dim] go behind lengths[b] tokens
-    out = cache.attend(q, scale=...)    q [batch, queries, heads, head_dim], 1 to 8 queries: the last of them are the appended tokens
-    cache.advance(new)                  they count from now on; layers that share `lengths` do this once a step
+    cache.append(k, v)                  [batch, new, kv_heads, head_dim] go behind the lengths[b] tokens that are there
+    out = cache.attend(q, scale=...)    q [batch, new, heads, head_dim] of these tokens, 1 to 8 of them
+    advance([cache], new)               they count from now on: once a step, for all layers
 
 Every token and head has one scale and zero point, for keys and for values: reference.dynamic_quantize(row, "uint8" or "uint4"). A prompt is
-appended in the same way and attends with torch to its own float k and v; for rows padded on the right, set `lengths` to their own lengths then.
+appended in the same way, and attends with torch to its own float k and v; of rows padded on the right, `lengths` become their own lengths.
 Nothing waits for the device, so a step can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import ceil, prod
@@ -45,7 +46,7 @@ def row_bytes(head_dim: int, bits: int) -> int:
 
 @dataclass(frozen=True)
 class Config:
-    """What kv_attention.cu is compiled for. `tiles`: eights of rows (query heads of a kv head, times queries) that a block attends with."""
+    """What the kernels are compiled for. `tiles`: eights of rows (query heads of a kv head, times queries) with which a block attends."""
 
     dtype: torch.dtype
     bits: int
@@ -91,8 +92,9 @@ class Config:
 
 
 def choose(dtype: torch.dtype, bits: int, head_dim: int, rows: int) -> Config:
-    """`rows` = query heads of a kv head x queries. Two tiles only where their sums leave registers free. Raises LoweringError, in a sentence,
-    for what no kernel does."""
+    """`rows` = query heads of a kv head x queries. Two tiles only where their sums leave registers free.
+
+    Raises LoweringError for what no kernel does."""
     if dtype not in TYPES:
         raise LoweringError(f"a quantized cache has keys of float32, float16 or bfloat16, not {dtype}")
     if bits not in (4, 8) or head_dim not in HEAD_DIMS:
@@ -101,9 +103,9 @@ def choose(dtype: torch.dtype, bits: int, head_dim: int, rows: int) -> Config:
 
 
 def splits(batch: int, heads: int, capacity: int, multiprocessors: int) -> int:
-    """Into how many parts each sequence is split, that two blocks or more come to each multiprocessor; the kernel gives each part 128 tokens
-    or more, and what is left over does nothing."""
-    return max(1, min(ceil(2 * multiprocessors / (batch * heads)), ceil(capacity / LEAST_SHARE)))
+    """Into how many parts each sequence is split, so that every multiprocessor gets two blocks. The kernel gives each part 128 tokens or
+    more; parts for which none are left do nothing."""
+    return max(1, min(ceil(2 * multiprocessors / max(1, batch * heads)), ceil(capacity / LEAST_SHARE)))
 
 
 def _multiprocessors(device: torch.device) -> int:
@@ -111,7 +113,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _kernels() -> tuple[Kernel, ...]:
-    """These head sizes stand for all: the code differs in nothing but the length of its loops. kv_merge does not depend on bits and tiles."""
+    """These head sizes stand for all: the code differs only in the length of its loops. kv_merge does not depend on bits and tiles."""
     sizes = {torch.float16: (64, 80, 128, 256), torch.bfloat16: (128,), torch.float32: (64, 128)}
     configs = [choose(d, bits, h, rows) for d, heads in sizes.items() for h, bits, rows in product(heads, (4, 8), (8, 16))]
     merges = [c.merge() for c in configs if (c.bits, c.tiles) == (8, 1)]
@@ -137,8 +139,8 @@ def kv_append(k: Tensor, v: Tensor, codes: Tensor, params: Tensor, lengths: Tens
 
 @cuda_op("Tensor q, Tensor codes, Tensor params, Tensor lengths, float scale, int bits, int fresh")
 def kv_attention(q: Tensor, codes: Tensor, params: Tensor, lengths: Tensor, scale: float, bits: int, fresh: int) -> Tensor:
-    """softmax(q . K^T * scale) . V [batch, queries, heads, head_dim] in q's type, over lengths[b] + fresh tokens; the last query sees all of
-    them, the one before it all but one, and so on."""
+    """softmax(q . K^T * scale) . V [batch, queries, heads, head_dim] in q's type, over lengths[b] + fresh tokens. The last query sees all
+    of them, the one before it all but one, and so on."""
     batch, queries, heads, head_dim = q.shape
     kv_heads, capacity = codes.shape[2], codes.shape[3]
     group, q = heads // kv_heads, q.contiguous()
@@ -184,8 +186,10 @@ class QuantizedCache:
     ) -> QuantizedCache:  # fmt: skip
         """An empty cache for `capacity` tokens of each sequence (up to a multiple of 16). `lengths`: those of another layer, to share them.
 
-        Raises LoweringError for a type, bits or head_dim that the kernels have not."""
+        Raises LoweringError for a type, bits or head_dim that the kernels have not, and for a device older than sm_80."""
         choose(dtype, bits, head_dim, 1)
+        if torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+            raise LoweringError("attention over a quantized cache needs a device of sm_80 or newer")
         shape = (2, batch, kv_heads, ceil(capacity / STEP) * STEP)
         codes = torch.zeros(*shape, row_bytes(head_dim, bits), dtype=torch.uint8, device=device)
         params = torch.zeros(*shape, 2, dtype=dtype, device=device)
@@ -205,12 +209,14 @@ class QuantizedCache:
                 f"the cache takes keys and values [{batch}, new, {heads}, {self.head_dim}] of {self.params.dtype}, not {list(k.shape)} of "
                 f"{k.dtype} and {list(v.shape)} of {v.dtype}"
             )
-        self._fits(k.shape[1])
+        self.fits(k.shape[1])
         K.kv_append(k, v, self.codes, self.params, self.lengths, self.bits, self.symmetric)
 
     def attend(self, q: Tensor, *, scale: float | None = None) -> Tensor:
-        """q [batch, queries, heads, head_dim] of the appended tokens -> their attention, of the same shape; `scale` is 1 / sqrt(head_dim) by
-        default. Query i sees what is in the cache and the appended tokens up to its own. Raises LoweringError where q does not fit."""
+        """The attention of q [batch, queries, heads, head_dim], of q's shape and type; `scale` is 1 / sqrt(head_dim) by default.
+
+        The queries are those of all tokens appended since the last `advance`: query i sees these up to its own, and what was there before.
+        Raises LoweringError where q does not fit."""
         batch, heads = self.codes.shape[1:3]
         fits = (
             q.dim() == 4 and q.shape[0] == batch and 1 <= q.shape[1] <= QUERIES and q.shape[2] % heads == 0 and q.shape[3] == self.head_dim
@@ -220,25 +226,24 @@ class QuantizedCache:
                 f"the cache answers queries [{batch}, 1 to {QUERIES}, a multiple of {heads}, {self.head_dim}] of {self.params.dtype}, not "
                 f"{list(q.shape)} of {q.dtype}"
             )
-        self._fits(q.shape[1])
+        self.fits(q.shape[1])
         factor = self.head_dim**-0.5 if scale is None else scale
         return cast(Tensor, K.kv_attention(q, self.codes, self.params, self.lengths, factor, self.bits, q.shape[1]))
 
-    def advance(self, new: int) -> None:
-        """The tokens that were appended are part of the cache from now on. Once a step, where layers share `lengths`; the others `count`."""
-        self.count(new)
-        self.lengths.add_(new)
-
-    def count(self, new: int) -> None:
-        """As `advance`, for a layer whose `lengths` another one advances."""
-        self._fits(new)
-        self.appended += new
-
-    def _fits(self, new: int) -> None:
+    def fits(self, new: int) -> None:
+        """Raises LoweringError where the longest sequence has no place for `new` more tokens."""
         if self.appended + new > self.capacity:
-            raise LoweringError(
-                f"the cache is full: it has {self.appended} tokens, and {new} more exceed its capacity of {self.capacity}; allocate a longer one"
-            )
+            raise LoweringError(f"the cache is full: it has {self.appended} tokens, and {new} more exceed its capacity of {self.capacity}")
+
+
+def advance(caches: Sequence[QuantizedCache], new: int) -> None:
+    """The `new` tokens that were appended to each cache are part of it from now on; layers may share their `lengths`. Raises LoweringError
+    where one is full."""
+    for cache in caches:
+        cache.fits(new)
+        cache.appended += new
+    for lengths in {id(cache.lengths): cache.lengths for cache in caches}.values():
+        lengths.add_(new)
 
 
 def work(q: tuple[int, ...], kv_heads: int, tokens: int, bits: int, dtype: torch.dtype) -> Work:

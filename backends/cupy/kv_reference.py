@@ -1,6 +1,6 @@
 """What kv_append.cu and kv_attention.cu compute, in torch: quantize each row, and attend to what it dequantizes to.
 
-codes [2, batch, kv_heads, capacity, row_bytes], params [2, batch, kv_heads, capacity, 2], lengths [batch]: those of kv_cache.QuantizedCache.
+codes [2, batch, kv_heads, capacity, row_bytes], params [2, batch, kv_heads, capacity, 2], lengths [batch]: a kv_cache.QuantizedCache's.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def dequantized(codes: Tensor, params: Tensor, bits: int, head_dim: int) -> Tens
 
 
 def attention(q: Tensor, codes: Tensor, params: Tensor, lengths: Tensor, scale: float, bits: int, fresh: int) -> Tensor:
-    """softmax(q . K^T * scale) . V [batch, queries, heads, head_dim] in float32; query i of n sees lengths[b] + fresh - (n - 1 - i) tokens. One
-    that sees none gives 0."""
+    """softmax(q . K^T * scale) . V [batch, queries, heads, head_dim] in float32; query i of n sees lengths[b] + fresh - (n - 1 - i)
+    tokens. One that sees none gives 0."""
     queries, heads, head_dim = q.shape[1:]
     keys, values = (t.repeat_interleave(heads // codes.shape[2], dim=1) for t in dequantized(codes, params, bits, head_dim))
     tokens = (lengths + fresh).clamp(max=codes.shape[3])

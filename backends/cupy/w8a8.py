@@ -51,23 +51,35 @@ class Packed:
 def pack(weight: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Packed:
     """Integers [N, K] of at most 8 bits, one scale or N, one zero point or N or none.
 
-    Values above 127 move down by 128, and their zero points with them. Zero points that are all 0 go."""
-    if weight.dtype not in (torch.int8, torch.uint8):
-        raise LoweringError(f"the integer linear takes weights of at most 8 bits, not {str(weight.dtype).removeprefix('torch.')}")
+    Zero points are subtracted now where what remains fits int8; else, values above 127 and their zero points move down by 128."""
     n, k = weight.shape
-    shift = 128 if weight.numel() and int(weight.max()) > 127 else 0
-    given = torch.zeros(1, dtype=torch.int32, device=weight.device) if zero_point is None else zero_point.to(torch.int32).reshape(-1)
-    zeros, centred = given.expand(n) - shift, weight.to(torch.int32) - shift
+    centred, zeros = centre(weight, zero_point)
     return Packed(
-        F.pad(centred.to(torch.int8), (0, padded(k) - k)),
+        F.pad((centred + zeros).to(torch.int8), (0, padded(k) - k)),
         _columns(scale.to(torch.float32).reshape(-1).expand(n)),
-        _columns((centred.sum(1) - k * zeros).to(torch.int32)),
-        _columns(zeros) if bool(zeros.any()) else None,
+        _columns(centred.sum(1).to(torch.int32)),
+        _columns(zeros.reshape(-1)) if bool(zeros.any()) else None,
     )
 
 
+def centre(weight: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
+    """weight - zero_point, int32 [N, ...], and zeros [N, 1...] that bring it into int8 when they are added: 0 where it is there already.
+
+    Raises LoweringError for weights of more than 8 bits."""
+    if weight.dtype not in (torch.int8, torch.uint8):
+        raise LoweringError(f"the integer kernels take weights of at most 8 bits, not {str(weight.dtype).removeprefix('torch.')}")
+    wide = weight.to(torch.int32)
+    rows = (weight.shape[0], *[1] * (weight.dim() - 1))
+    none = wide.new_zeros(rows)
+    zeros = none if zero_point is None else zero_point.to(torch.int32).reshape(-1).expand(rows[0]).reshape(rows)
+    centred = wide - zeros
+    if centred.numel() == 0 or (int(centred.min()) >= -128 and int(centred.max()) <= 127):
+        return centred, none
+    return centred, zeros - (128 if int(wide.max()) > 127 else 0)
+
+
 def unpack(packed: Packed, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """weight [N, K], scale [N] and zero point [N] or None: what `pack` was given, or the same less 128 where it moved."""
+    """weight [N, K], scale [N] and zero point [N] or None, of the same weight - zero_point as `pack` was given."""
     n = packed.weight.shape[0]
     return packed.weight[:, :k], packed.scale[:n], None if packed.zero_point is None else packed.zero_point[:n]
 
@@ -133,11 +145,20 @@ RESIDENT = 2
 """Blocks of w8a8_gemm on a multiprocessor at least."""
 
 
-def gemm(tile: Tile, out: str, *, unsigned: bool) -> Kernel:
+def gemm(tile: Tile, out: str, *, unsigned: bool, conv: bool = False) -> Kernel:
     """`out`: a value of OUT."""
-    sizes = {"TILE_M": tile.m, "TILE_N": tile.n, "TILE_K": tile.k, "WARPS_M": tile.warps_m, "WARPS_N": tile.warps_n, "STAGES": tile.stages}
+    sizes: dict[str, int] = {
+        "TILE_M": tile.m,
+        "TILE_N": tile.n,
+        "TILE_K": tile.k,
+        "WARPS_M": tile.warps_m,
+        "WARPS_N": tile.warps_n,
+        "STAGES": tile.stages,
+    }
     expects = ("IMMA.16832", "LDSM.4", "LDGSTS.128")
-    return kernel("w8a8_gemm.cu", "w8a8_gemm", shared=tile.shared, expects=expects, BLOCKS=RESIDENT, OUT=out, UNSIGNED_X=unsigned, **sizes)
+    return kernel(
+        "w8a8_gemm.cu", "w8a8_gemm", shared=tile.shared, expects=expects, BLOCKS=RESIDENT, OUT=out, UNSIGNED_X=unsigned, CONV=conv, **sizes
+    )
 
 
 def dp4a(rows: int) -> Kernel:
@@ -160,15 +181,16 @@ def choose(m: int, n: int, k: int, *, arch: int = 80, sms: int = 108) -> Config:
     if (tuned := preferred("w8a8", (bucket(m), n, k), candidates(m, n, k, sms=sms))) is not None:
         return tuned
     small = SMALL if m <= SMALL.m else MEDIUM
-    return _split(LARGE if m > MEDIUM.m and LARGE.blocks(m, n) >= sms else small, m, n, k, sms)
+    return split(LARGE if m > MEDIUM.m and LARGE.blocks(m, n) >= sms else small, m, n, k, sms)
 
 
 def candidates(m: int, n: int, k: int, *, sms: int = 108) -> tuple[Config, ...]:
     """What may be fastest for a shape on tensor cores: each tile, with K whole and split."""
-    return tuple(dict.fromkeys(c for t in TILES for c in (Config(t), _split(t, m, n, k, sms))))
+    return tuple(dict.fromkeys(c for t in TILES for c in (Config(t), split(t, m, n, k, sms))))
 
 
-def _split(tile: Tile, m: int, n: int, k: int, sms: int) -> Config:
+def split(tile: Tile, m: int, n: int, k: int, sms: int) -> Config:
+    """The tile, and K in as many parts as give each multiprocessor RESIDENT blocks; parts of LEAST_SPLIT at least, none of them empty."""
     most = min(RESIDENT * sms // tile.blocks(m, n), k // LEAST_SPLIT)
     steps = _ceil(padded(k), tile.k)
     return Config(tile, _ceil(steps, _ceil(steps, max(1, most))))
@@ -216,18 +238,15 @@ def w8a8_linear(
     if x.dtype not in (torch.int8, torch.uint8) or weight.shape[1] != padded(k) or dtype not in REAL:
         raise LoweringError(f"no kernel multiplies x {list(x.shape)} {x.dtype} with a packed weight {list(weight.shape)} to {dtype}")
     rows = _rows(x, k)
-    y = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=_result(dtype, y_dtype))
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=result_type(dtype, y_dtype))
     if y.numel() == 0:
         return y
     if w_zero_point is not None and x_sum is None:
         x_sum = _row_sums(rows)
-    arch, sms = _device(x.device)
-    config = choose(rows.shape[0], weight.shape[0], k, arch=arch, sms=sms)
-    how = _how(rows.shape[0], x, x_scale, x_zero_point, bias, dtype, y_dtype, relu)
-    low, high = (0, 0) if y_dtype is None else int_range(y_dtype)
-    scale = None if y_scale is None or y_dtype is None else y_scale.to(torch.float32)
-    finish = (x_scale, x_zero_point, w_scale, w_sum, w_zero_point, x_sum, bias, scale, y_zero_point, how, low, high)
-    launch(config, y, rows, weight, finish)
+    m, n = rows.shape[0], weight.shape[0]
+    arch, sms = device_of(x.device)
+    end = finish(m, x, x_scale, x_zero_point, w_scale, w_sum, w_zero_point, bias, dtype, y_scale, y_zero_point, y_dtype, relu, x_sum)
+    launch(choose(m, n, k, arch=arch, sms=sms), y, rows, weight, end)
     return y
 
 
@@ -248,25 +267,35 @@ def _(
     relu: bool = False,
     x_sum: Tensor | None = None,
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=_result(dtype, y_dtype))
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=result_type(dtype, y_dtype))
 
 
 def launch(config: Config, y: Tensor, x: Tensor, weight: Tensor, finish: tuple[Argument, ...]) -> None:
     """y [..., N] from rows x [M, K'] and weight [N, K'] by one configuration; `finish`: W8A8_FINISH of w8a8.cuh."""
-    (m, k), n, tile = x.shape, weight.shape[0], config.tile
-    if tile is None:
-        dp4a(config.rows)((_ceil(n, OUTPUTS), _ceil(m, config.rows)), DP4A_BLOCK, y, x, weight, m, n, k, *finish)
+    m, k = x.shape
+    if config.tile is not None:
+        launch_gemm(config.tile, config.splits, y, x, weight, m, finish)
         return
-    run = gemm(tile, OUT[y.dtype], unsigned=x.dtype == torch.uint8)
+    n = weight.shape[0]
+    dp4a(config.rows)((_ceil(n, OUTPUTS), _ceil(m, config.rows)), DP4A_BLOCK, y, x, weight, m, n, k, *finish)
+
+
+def launch_gemm(
+    tile: Tile, splits: int, y: Tensor, x: Tensor, weight: Tensor, m: int, finish: tuple[Argument, ...], window: tuple[int, ...] = ()
+) -> None:
+    """w8a8_gemm with m rows. `window`: X_WINDOW of w8a8_gemm.cu where x is an image."""
+    n, k = weight.shape
+    blocks = tile.blocks(m, n)
     partial = arrived = None
-    if config.splits > 1:
-        partial = torch.empty(config.splits * tile.blocks(m, n) * tile.m * tile.n, dtype=torch.int32, device=x.device)
-        arrived = torch.zeros(tile.blocks(m, n), dtype=torch.int32, device=x.device)
-    grid = (_ceil(m, tile.m), _ceil(n, tile.n), config.splits)
-    run(grid, tile.block, y, x, weight, m, n, k, _ceil(_ceil(k, tile.k), config.splits), partial, arrived, *finish)
+    if splits > 1:
+        partial = torch.empty(splits * blocks * tile.m * tile.n, dtype=torch.int32, device=x.device)
+        arrived = torch.zeros(blocks, dtype=torch.int32, device=x.device)
+    run = gemm(tile, OUT[y.dtype], unsigned=x.dtype == torch.uint8, conv=bool(window))
+    grid = (_ceil(m, tile.m), _ceil(n, tile.n), splits)
+    run(grid, tile.block, y, x, weight, m, n, k, _ceil(_ceil(k, tile.k), splits), partial, arrived, *window, *finish)
 
 
-def _result(dtype: torch.dtype, y_dtype: str | None) -> torch.dtype:
+def result_type(dtype: torch.dtype, y_dtype: str | None) -> torch.dtype:
     if y_dtype is None:
         return dtype
     if storage(y_dtype) not in OUT:
@@ -288,34 +317,44 @@ def _row_sums(rows: Tensor) -> Tensor:
     return sums
 
 
-def _how(
+def finish(
     m: int,
     x: Tensor,
     x_scale: Tensor,
     x_zero_point: Tensor | None,
+    w_scale: Tensor,
+    w_sum: Tensor,
+    w_zero_point: Tensor | None,
     bias: Tensor | None,
     dtype: torch.dtype,
+    y_scale: Tensor | None,
+    y_zero_point: Tensor | None,
     y_dtype: str | None,
     relu: bool,
-) -> int:
-    """The bits of `how` in w8a8.cuh."""
+    x_sum: Tensor | None = None,
+) -> tuple[Argument, ...]:
+    """W8A8_FINISH of w8a8.cuh, for m rows; the other arguments are the op's. Raises LoweringError for scales that do not fit."""
     scales, zeros = x_scale.numel(), 1 if x_zero_point is None else x_zero_point.numel()
     if not {scales, zeros} <= {1, m}:
         raise LoweringError(f"x has one scale and zero point or one for each of {m} rows, not {scales} scales and {zeros} zero points")
     if x_scale.dtype not in REAL:
         raise LoweringError(f"no kernel reads scales of {x_scale.dtype}")
+    requantized = y_dtype is not None
+    low, high = int_range(y_dtype) if y_dtype is not None else (0, 0)
     bits = (
         scales > 1,
         zeros > 1,
         x.dtype == torch.uint8,
         bias is not None and not bias.is_floating_point(),
         relu,
-        y_dtype is not None and storage(y_dtype) == torch.uint8,
+        requantized and low == 0,
     )
-    return REAL.index(x_scale.dtype) + sum(1 << 2 + i for i, b in enumerate(bits) if b) + (REAL.index(dtype) << 8)
+    how = REAL.index(x_scale.dtype) + sum(1 << 2 + i for i, b in enumerate(bits) if b) + (REAL.index(dtype) << 8)
+    scale = y_scale.to(torch.float32) if y_scale is not None and requantized else None
+    return x_scale, x_zero_point, w_scale, w_sum, w_zero_point, x_sum, bias, scale, y_zero_point, how, low, high
 
 
-def _device(device: torch.device) -> tuple[int, int]:
+def device_of(device: torch.device) -> tuple[int, int]:
     """Architecture and multiprocessors; for the emulator, those of an sm_80."""
     return _properties(device.index or 0) if device.type == "cuda" else (80, 108)
 

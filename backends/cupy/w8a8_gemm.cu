@@ -23,7 +23,11 @@
 // any order.  9. The epilogue turns fragments into rows through shared memory, a warp on its own: a lane then keeps four
 // columns, whose parameters it loads once, and neighbouring lanes store neighbouring 4, 8 or 16 bytes.
 //
-// Macros: TILE_M, TILE_N, TILE_K (64 or 128), WARPS_M, WARPS_N, STAGES, BLOCKS (least to a multiprocessor), UNSIGNED_X, OUT.
+// CONV: a convolution without an im2col in memory. X is then an image [B, H, W, C], already padded, C a multiple of 16; row m of the matrix
+// is what the kernel's window sees from result m = (b, h, w), its K = (tap down, tap right, c), as in W. A chunk of 16 bytes lies in
+// one pixel, so that a row is a place in the image, and a tile of K a step from there that is the same for all rows.
+//
+// Macros: TILE_M, TILE_N, TILE_K (64 or 128), WARPS_M, WARPS_N, STAGES, BLOCKS (least to a multiprocessor), UNSIGNED_X, OUT, CONV.
 #include "w8a8.cuh"
 using namespace w8a8;
 
@@ -41,6 +45,14 @@ static_assert(TILE_M <= THREADS, "a thread keeps the parameters of one row");
 static_assert(WARPS_M * WARPS_N * 16 * STRIDE * 4 + TILE_M * 12 <= STAGES * STAGE, "the epilogue reuses the ring");
 
 using Sums = int[FRAGMENTS_M][FRAGMENTS_N][4];
+
+#if CONV
+// Distances in pixels: `pixels` results and `image` pixels to an image, `width` results to a row; from a result to the next one below and to
+// the right; from a tap to the next one below and, of `taps` in a row, to the right.
+#define X_WINDOW , int channels, int pixels, int image, int width, int down, int right, int taps, int tap_down, int tap_right
+#else
+#define X_WINDOW
+#endif
 
 // Where chunk 0 of `row` lies within its row; chunk c is at this xor 16 c.
 QG_DEVICE int swizzle(int row) { return 16 * (row / (8 / CHUNKS) % CHUNKS); }
@@ -99,21 +111,42 @@ QG_DEVICE void finish_four(OUT *y, const Result<OUT> &result, uint4 sums, const 
 }
 
 QG_KERNEL __launch_bounds__(THREADS, BLOCKS) w8a8_gemm(OUT *y, const unsigned char *x, const unsigned char *w, int M, int N, int K, int tiles_of_split,
-                                                     int *partial, int *arrived, W8A8_FINISH) {
+                                                     int *partial, int *arrived X_WINDOW, W8A8_FINISH) {
   QG_DYNAMIC_SHARED(shared);
   const Finish f W8A8_FINISH_GIVEN;
   const int thread = threadIdx.x, lane = thread % 32, warp_m = thread / 32 / WARPS_N, warp_n = thread / 32 % WARPS_N;
   const int m0 = blockIdx.x * TILE_M, n0 = blockIdx.y * TILE_N;
 
+  const int first = blockIdx.z * tiles_of_split, tiles = min(tiles_of_split, (K + TILE_K - 1) / TILE_K - first);
+
   // Copies: this thread's chunk of rows copied, copied + COPIED_ROWS, ... Rows and chunks that do not exist become zeros.
   const int copied = thread / CHUNKS, chunk = 16 * (thread % CHUNKS), at = copied * TILE_K + (swizzle(copied) ^ chunk);
-  const unsigned char *from_a = x + (size_t)(m0 + copied) * K + chunk, *from_b = w + (size_t)(n0 + copied) * K + chunk;
   const size_t step = (size_t)COPIED_ROWS * K;
-  auto copy = [&](int tile, int slot) {
+  const unsigned char *from_b = w + (size_t)(n0 + copied) * K + chunk;
+#if CONV
+  int places[TILE_M / COPIED_ROWS];   // of rows of X, in chunks
+  QG_UNROLL for (int i = 0; i < TILE_M / COPIED_ROWS; i++) {
+    const int m = m0 + copied + i * COPIED_ROWS;
+    places[i] = (m / pixels * image + m % pixels / width * down + m % pixels % width * right) * (channels / 16);
+  }
+  const int first_tap = (first * TILE_K + chunk) / channels;
+  int channel = (first * TILE_K + chunk) % channels, tap_x = first_tap % taps, tap_y = first_tap / taps;   // of the next tile
+#else
+  const unsigned char *from_a = x + (size_t)(m0 + copied) * K + chunk;
+#endif
+  auto copy = [&](int tile, int slot) {   // tiles come one after the other
     unsigned char *to = shared + slot * STAGE + at;
     const bool inside = tile * TILE_K + chunk < K;
-    const unsigned char *a = from_a + (size_t)tile * TILE_K, *b = from_b + (size_t)tile * TILE_K;
+#if CONV
+    const unsigned char *a = x + ((size_t)(tap_y * tap_down + tap_x * tap_right) * channels + channel);
+    QG_UNROLL for (int i = 0, r = 0; r < TILE_M; i++, r += COPIED_ROWS) copy16_async(to + r * TILE_K, a + (size_t)places[i] * 16, inside && m0 + copied + r < M);
+    for (channel += TILE_K; channel >= channels; channel -= channels)
+      if (++tap_x == taps) tap_x = 0, tap_y++;
+#else
+    const unsigned char *a = from_a + (size_t)tile * TILE_K;
     QG_UNROLL for (int r = 0; r < TILE_M; r += COPIED_ROWS, a += step) copy16_async(to + r * TILE_K, a, inside && m0 + copied + r < M);
+#endif
+    const unsigned char *b = from_b + (size_t)tile * TILE_K;
     QG_UNROLL for (int r = 0; r < TILE_N; r += COPIED_ROWS, b += step) copy16_async(to + A_BYTES + r * TILE_K, b, inside && n0 + copied + r < N);
   };
 
@@ -121,7 +154,6 @@ QG_KERNEL __launch_bounds__(THREADS, BLOCKS) w8a8_gemm(OUT *y, const unsigned ch
   const int row_a = warp_m * WARP_M + lane % 16, row_b = warp_n * WARP_N + lane % 8 + lane / 16 * 8;
   const int at_a = swizzle(row_a) ^ 16 * (lane / 16), at_b = swizzle(row_b) ^ 16 * (lane / 8 % 2);
 
-  const int first = blockIdx.z * tiles_of_split, tiles = min(tiles_of_split, (K + TILE_K - 1) / TILE_K - first);
   Sums sums = {};
   QG_UNROLL for (int t = 0; t < STAGES - 1; t++) {
     if (t < tiles) copy(first + t, t);

@@ -3,24 +3,24 @@
 //
 //   codes [N/64][K/64][BITS] vectors of 512 bytes: 16 bytes for each of 32 lanes. N and K are padded to multiples of 64.
 //
-// A square of 64 outputs x 64 inputs is so 512 BITS bytes that follow each other, and the squares of 64 outputs follow each other along K:
-// a warp reads 512 bytes at once and goes straight on. The weight is the A of mma.m16n8k16 (y^T = W x^T), and the 16 bytes of lane 4g + t are
-// its fragments, for tiles j = 0..3 of 16 outputs and steps s = 0..3 of 16 inputs:
+// A square of 64 outputs x 64 inputs is so 512 BITS bytes that follow each other, and the squares of 64 outputs follow each other along
+// K: a warp reads 512 bytes at once and goes straight on. The weight is the A of mma.m16n8k16 (y^T = W x^T), and the 16 bytes of lane
+// 4g + t are its fragments, for tiles j = 0..3 of 16 outputs and steps s = 0..3 of 16 inputs:
 //
-//              k = 16s + 2t + {0, 1}    k = 16s + 8 + 2t + {0, 1}
-//   n = 16j + 2g          a0                    a2                  The row g of a fragment is output 2g and row g + 8 is output 2g + 1
-//   n = 16j + 2g + 1      a1                    a3                  (rows may be in any order): a lane's outputs are neighbours.
+//                     k = 16s + 2t + {0, 1}    k = 16s + 8 + 2t + {0, 1}
+//   n = 16j + 2g               a0                       a2               The row g of a fragment is output 2g, and row g + 8 is
+//   n = 16j + 2g + 1           a1                       a3               2g + 1 (any order will do): a lane's two are neighbours.
 //
-// The eight codes of (j, s) are a word, code i = a_(i % 4), its low or high half i / 4, in the four bits from 4i: then one lop3 with the mask
-// 0x000f000f gives two neighbours in k as the two halves of a register, in order.
+// The eight codes of (j, s) are a word: code i, of a_(i % 4), its low or high half i / 4, has the four bits from 4i. One lop3 with the
+// mask 0x000f000f then gives two neighbours in k as the two halves of a register, in order.
 //   4 bits  vector j: the words of s = 0..3.
 //   2 bits  vector j / 2: words 2(j % 2) + s / 2; the codes of odd s lie two bits above those of even s.
-//   3 bits  the low two bits as above, then one vector of the third bits: word j, in which bit s of four belongs to step s. So 3 bits a weight.
+//   3 bits  the low two bits as above, then a vector of the third bits: word j, in which bit s of four belongs to step s. 3 bits a weight.
 //   8 bits  vector 2j + s / 2: words 2(s % 2) + {0: a0 and a1, 1: a2 and a3}, bytes in order.
 //
-// Codes are unsigned, q - smallest of the type. The weight is (code - zero) * ratio[k / group][n] * row[n]. `row` is float, the largest scale of
-// the output over 16; `ratio` the other scales in units of it, at most 16: half has the range for them whatever the scales are,
-// and one scale per output loses nothing. `zeros` [groups][N] bytes, or null: then `zero` is everyone's.
+// Codes are unsigned: q - smallest of the type. The weight is (code - zero) * ratio[k / group][n] * row[n]. `row` is float, the largest
+// scale of the output over 16; `ratio`, at most 16, is a group's scale in units of it. So half has the range for it whatever the scales
+// are, and one scale per output loses nothing. `zeros` [groups][N] bytes, or null: then `zero` is everyone's.
 #pragma once
 #include "qg.cuh"
 

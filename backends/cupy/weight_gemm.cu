@@ -3,8 +3,8 @@
 //   x [M, K], K a multiple of 8, 16-byte aligned; y [M, N] of type OUT, or partial [splits, M, N] float, which weight_reduce adds;
 //   ratio [groups, padded N] half or float; row and bias [padded N] float. M is any, N even.
 //
-// Partition. Grid (tiles of M, tiles of 128 outputs, splits of K); tiles of M are neighbours, so that blocks that run together read the same
-// weights. The product is y^T = W x^T: W is the A of mma.m16n8k16, so that a tile of few rows of x wastes little (8, not 16, is the smallest).
+// Partition. Grid (tiles of M, tiles of 128 outputs, splits of K); tiles of M are neighbours, so that blocks that run together read the
+// same weights. The product is y^T = W x^T: W is the A of mma.m16n8k16, so that few rows of x waste little (tiles have 8 or more, not 16).
 //
 //              K ->                                       one tile of y^T: 4 warps, one above the other
 //   codes  +---------+---------+----                        TILE_M rows of x ->
@@ -16,9 +16,9 @@
 //
 // A code is read from shared memory and decoded by one warp only, once for TILE_M rows.
 //
-// Ladder: 1. dequantize to half in memory, then a half GEMM: 8 times the bytes at 4 bits.  2. Decode in the kernel, to shared memory: the weight
-// passes it three times.  3. The fragment-ordered layout: a lane reads 16 bytes that are its fragments of four steps, decodes them in
-// registers, and hands them to mma; neither ldmatrix nor shuffles, no bank conflicts.  4. lop3 with magic numbers: (code | 0x6400) is the
+// Ladder: 1. dequantize to half in memory, then a half GEMM: 8 times the bytes at 4 bits.  2. Decode in the kernel, to shared memory: the
+// weight passes it three times.  3. The fragment-ordered layout: a lane reads 16 bytes that are its fragments of four steps, decodes them
+// in registers, and hands them to mma; neither ldmatrix nor shuffles, no bank conflicts.  4. lop3 with magic numbers: (code | 0x6400) is the
 // half 1024 + code, (code << 4 | 0x6400) is 1024 + 16 code: 13 instructions for 8 weights. bfloat16 has bits for 128 + code only, and too
 // few for a scale: 20.
 // 5. x by cp.async, in chunks of 16 bytes swizzled by row, and ldmatrix: no bank conflicts.  6. cp.async into a ring of STAGES with one
@@ -45,22 +45,26 @@ struct Matrices {
 };
 struct Ring { unsigned char *stages, *ratio, *zeros; };   // STAGES x (x, codes); GROUPS x ratio; GROUPS x zeros
 
-// Starts the copies of square q into `slot` of the ring. `first`: nothing of its first group has been copied yet.
-QG_DEVICE void copy(const Ring &ring, const Matrices &a, int q, int slot, bool first) {
+// Starts the copies of square q into `slot` of the ring. `fresh`: nothing of its first group has been copied yet.
+QG_DEVICE void copy(const Ring &ring, const Matrices &a, int q, int slot, bool fresh) {
   unsigned char *stage = ring.stages + slot * STAGE;
   const int row = threadIdx.x / 8, chunk = threadIdx.x % 8, at = 64 * q + 8 * chunk;   // rows 16 apart have the same swizzle
   QG_UNROLL for (int i = 0; i < (TILE_M + 15) / 16; i++) {
     if (TILE_M < 16 && row >= TILE_M) break;
     const bool inside = a.m0 + row + 16 * i < a.m && at < a.k;
-    copy16_async(stage + 128 * (row + 16 * i) + 16 * (chunk ^ (row & 7)), inside ? a.x + (size_t)(a.m0 + row + 16 * i) * a.k + at : a.x, inside);
+    const REAL *from = inside ? a.x + (size_t)(a.m0 + row + 16 * i) * a.k + at : a.x;
+    copy16_async(stage + 128 * (row + 16 * i) + 16 * (chunk ^ (row & 7)), from, inside);
   }
-  for (int i = threadIdx.x; i < CODE_BYTES / 16; i += THREADS) {
-    const int block = i / (SQUARE / 16), n = a.n0 + 64 * block;
-    const bool inside = n < a.padded_n;
-    const size_t square = inside ? (size_t)(n / 64) * a.squares + q : 0;
-    copy16_async(stage + X_BYTES + 16 * i, a.packed + square * SQUARE + i % (SQUARE / 16) * 16, inside);
+  QG_UNROLL for (int block = 0; block < TILE_N / 64; block++) {
+    const bool inside = a.n0 + 64 * block < a.padded_n;
+    const unsigned char *from = a.packed + (inside ? ((size_t)(a.n0 / 64 + block) * a.squares + q) * SQUARE : 0);
+    QG_UNROLL for (int first = 0; first < SQUARE; first += 16 * THREADS) {
+      const int i = first + 16 * threadIdx.x;
+      if (i < SQUARE) copy16_async(stage + X_BYTES + block * SQUARE + i, from + i, inside);
+    }
   }
-  for (int g = first ? group_of(2 * q, a.inverse) : group_of(2 * q - 1, a.inverse) + 1; g <= group_of(2 * q + 1, a.inverse); g++) {
+#pragma unroll 1   // none in most stages
+  for (int g = fresh ? group_of(2 * q, a.inverse) : group_of(2 * q - 1, a.inverse) + 1; g <= group_of(2 * q + 1, a.inverse); g++) {
     const int i = threadIdx.x;
     const size_t line = (size_t)g * a.padded_n + a.n0;
     if (i < RATIO_BYTES / 16) {
@@ -75,8 +79,8 @@ QG_DEVICE void copy(const Ring &ring, const Matrices &a, int q, int slot, bool f
   }
 }
 
-// weight = (magic number and code - offset) * (scale + rest), for outputs 2g and 2g + 1 of a tile: two 16-bit floats each, or (bfloat16 of
-// 8 bits) a float. `rest` is what bfloat16 cuts off the scale: without it the error of a group's scale would be that of each weight.
+// weight = (magic number and code - offset) * (scale + rest), for outputs 2g and 2g + 1 of a tile: two 16-bit floats each, or (bfloat16
+// of 8 bits, whose codes have more bits than its magic number leaves) a float. `rest` is what bfloat16 cuts off the scale.
 struct Affine { uint32_t offset[2], scale[2], rest[2]; };
 
 QG_DEVICE Affine affine(const SCALE *ratio, const uint8_t *zeros, int zero) {
@@ -84,10 +88,10 @@ QG_DEVICE Affine affine(const SCALE *ratio, const uint8_t *zeros, int zero) {
   const Zeros z = zeros ? two_zeros(zeros) : Zeros{zero, zero};
   if constexpr (BITS == 8 && !IS_HALF<REAL>)
     return {{bits<uint32_t>(32768.f + z.first), bits<uint32_t>(32768.f + z.second)}, {bits<uint32_t>(s.x), bits<uint32_t>(s.y)}, {}};
-  constexpr float magic = IS_HALF<REAL> ? 1024 : 128;
+  constexpr unsigned magic = IS_HALF<REAL> ? 0x6400 : 0x4300;
   constexpr int up = IS_HALF<REAL> && BITS != 8 ? 16 : 1;   // the second output's codes stay four bits higher
   const float second = s.y * (1.f / up);
-  return {{both<REAL>(magic + z.first), both<REAL>(magic + up * z.second)},
+  return {{(magic + z.first) * 0x10001u, (magic + up * z.second) * 0x10001u},
           {both<REAL>(s.x), both<REAL>(second)},
           {both<REAL>(s.x - to_float(from_float<REAL>(s.x))), both<REAL>(second - to_float(from_float<REAL>(second)))}};
 }
@@ -101,7 +105,10 @@ QG_DEVICE void decode(unsigned (&a)[4], const uint32_t *low, const uint32_t *hig
       if constexpr (IS_HALF<REAL>) a[i] = __byte_perm(word, 0x64646464u, o ? 0x4342 : 0x4140);
       else {
         float v[2];
-        QG_UNROLL for (int e = 0; e < 2; e++) v[e] = (bits<float>(__byte_perm(word, 0x47u, 0x4505u | (2 * o + e) << 4)) - bits<float>(f.offset[o])) * bits<float>(f.scale[o]);
+        QG_UNROLL for (int e = 0; e < 2; e++) {
+          const float code = bits<float>(__byte_perm(word, 0x47u, 0x4505u | (2 * o + e) << 4));   // 32768 + code
+          v[e] = (code - bits<float>(f.offset[o])) * bits<float>(f.scale[o]);
+        }
         a[i] = two<REAL>(v[0], v[1]);
       }
     }
@@ -135,11 +142,15 @@ QG_DEVICE void multiply(Sums &sum, const Ring &ring, const Matrices &a, int q, i
     const uint4 raw = load16(square + 2 * VECTOR);
     high[0] = warp % 2 ? raw.z : raw.x, high[1] = warp % 2 ? raw.w : raw.y;
   }
+  const int groups[2] = {group_of(2 * q, a.inverse), group_of(2 * q + 1, a.inverse)};
+  Affine f[2];
   QG_UNROLL for (int h = 0; h < 2; h++) {   // 32 inputs: within one group
-    const int group = group_of(2 * q + h, a.inverse) % GROUPS;
-    Affine f[2];
-    QG_UNROLL for (int j = 0; j < 2; j++)
-      f[j] = affine(reinterpret_cast<const SCALE *>(ring.ratio + group * RATIO_BYTES) + n + 16 * j, a.zeros ? ring.zeros + group * TILE_N + n + 16 * j : nullptr, a.zero);
+    if (h == 0 || groups[0] != groups[1]) {
+      const int place = groups[h] % GROUPS;
+      const SCALE *ratio = reinterpret_cast<const SCALE *>(ring.ratio + place * RATIO_BYTES) + n;
+      const uint8_t *zeros = ring.zeros + place * TILE_N + n;
+      QG_UNROLL for (int j = 0; j < 2; j++) f[j] = affine(ratio + 16 * j, a.zeros ? zeros + 16 * j : nullptr, a.zero);
+    }
     if constexpr (TILE_M == 8) {
       unsigned b[4];   // chunks 4h .. 4h + 3: both steps
       ldmatrix4(b, stage + 128 * (lane & 7) + 16 * ((4 * h + lane / 8) ^ (lane & 7)));
@@ -168,13 +179,16 @@ QG_DEVICE void multiply(Sums &sum, const Ring &ring, const Matrices &a, int q, i
 QG_DEVICE void put(float *p, float first, float second) { store8(p, bits<uint2>(make_float2(first, second))); }
 template <class Short> QG_DEVICE void put(Short *p, float first, float second) { store4(p, two<Short>(first, second)); }
 
-QG_KERNEL __launch_bounds__(THREADS, BLOCKS) weight_gemm(const REAL *__restrict__ x, const unsigned char *__restrict__ packed, const SCALE *__restrict__ ratio,
-                                                         const uint8_t *__restrict__ zeros, const float *__restrict__ row, const float *__restrict__ bias,
-                                                         OUT *__restrict__ y, float *__restrict__ partial, int m, int n, int k, int per_group, int zero, int squares) {
+// per_group: 32s of inputs that share a scale; squares: of a split.
+QG_KERNEL __launch_bounds__(THREADS, BLOCKS) weight_gemm(
+    const REAL *__restrict__ x, const unsigned char *__restrict__ packed, const SCALE *__restrict__ ratio,
+    const uint8_t *__restrict__ zeros, const float *__restrict__ row, const float *__restrict__ bias, OUT *__restrict__ y, float *__restrict__ partial,
+    int m, int n, int k, int per_group, int zero, int squares) {
   QG_DYNAMIC_SHARED(shared);
   const Ring ring{shared, shared + STAGES * STAGE, shared + STAGES * STAGE + GROUPS * RATIO_BYTES};
   const int all_squares = (k + 63) / 64, begin = blockIdx.z * squares, end = min(begin + squares, all_squares);
-  const Matrices a{x, packed, ratio, zeros, m, k, int(blockIdx.x) * TILE_M, int(blockIdx.y) * TILE_N, (n + 63) & ~63, all_squares, zero, 1.f / per_group};
+  const int first_m = blockIdx.x * TILE_M, first_n = blockIdx.y * TILE_N;
+  const Matrices a{x, packed, ratio, zeros, m, k, first_m, first_n, (n + 63) & ~63, all_squares, zero, 1.f / per_group};
 
   Sums sum = {};
   QG_UNROLL for (int i = 0; i < STAGES - 1; i++) {
@@ -199,7 +213,7 @@ QG_KERNEL __launch_bounds__(THREADS, BLOCKS) weight_gemm(const REAL *__restrict_
     const float2 scale = bits<float2>(load8(row + at)), shift = bias ? bits<float2>(load8(bias + at)) : float2{0, 0};
     QG_UNROLL for (int i = 0; i < TILE_M / 8; i++) QG_UNROLL for (int e = 0; e < 2; e++) {
       const int token = m0 + 8 * i + e;
-      if (token >= m) break;
+      if (token >= m) continue;
       const float first = sum[j][i][e], second = sum[j][i][2 + e];
       if (partial) put(partial + ((size_t)blockIdx.z * m + token) * n + at, first, second);
       else put(y + (size_t)token * n + at, first * scale.x + shift.x, second * scale.y + shift.y);

@@ -14,14 +14,14 @@
 //   16  | warp 1             | ...
 //       | ...                |
 //
-// Ladder: 1. a thread for each output, byte by byte: 1/32 of each sector is used.  2. A warp for each output, 4-byte loads, a reduction of five
-// shuffles: coalesced, but x is read again for each output.  3. The fragment-ordered layout: 16 bytes a lane, 512 a warp, 128 outputs for each
-// read of x, and two shuffles at the end for all of K.  4. UNROLL loads in flight before the first is used, past the L1 cache.
-// 5. No conversion of integers: byte_perm puts a code under the exponent of 128 (0x43), which is the float 128 + code (bfloat16's magic number
-// 0x4300, widened); 128 + zero leaves the sum as a product with the sum of x, which is known for each 32 inputs:
+// Ladder: 1. a thread for each output, byte by byte: 1/32 of each sector is used.  2. A warp for each output, 4-byte loads, a reduction of
+// five shuffles: coalesced, but x is read again for each output.  3. The fragment-ordered layout: 16 bytes a lane, 512 a warp, 128 outputs
+// for each read of x, and two shuffles at the end for all of K.  4. UNROLL loads in flight before the first is used, past the L1 cache.
+// 5. No conversion of integers: byte_perm puts a code under the exponent of 128 (0x43), which is the float 128 + code (bfloat16's magic
+// number 0x4300, widened); 128 + zero leaves the sum as a product with the sum of x, which is known for each 32 inputs:
 //   sum (code - zero) x = sum (128 + code) x - (128 + zero) sum x.
-// Two multiplications for 32 inputs apply the scale. Instructions per weight: 1.4 + ROWS. (8 bits: the magic number is 32768, too large to
-// leave in the sums; it is subtracted at once.)
+// Two multiplications for 32 inputs apply the scale. Arithmetic per weight: 1.4 + 1.2 ROWS instructions. (8 bits: the magic number is
+// 32768, too large to leave in the sums; it is subtracted at once.)
 //
 // Macros: BITS, ROWS (1, 2, 4, 8), REAL (type of x and y), SCALE (type of ratio).
 #include "weight_codes.cuh"
@@ -34,7 +34,7 @@ constexpr int UNROLL = VECTORS == 1 ? 4 : 2;
 constexpr int SLAB = 1024;                                       // inputs in shared memory
 constexpr int EACH = 16 / sizeof(REAL);                          // inputs in 16 bytes of x
 constexpr float MAGIC = BITS == 8 ? 0.f : 128.f;                 // of a decoded weight
-constexpr int BLOCKS = ROWS == 1 && TILES == 1 ? 3 : ROWS == 1 || TILES < 4 ? 2 : 1;   // on a multiprocessor: what registers allow without spills
+constexpr int BLOCKS = ROWS == 1 && TILES == 1 ? 3 : ROWS == 1 || TILES < 4 ? 2 : 1;   // on a multiprocessor: what the registers allow
 static_assert(WARPS_K * OUTPUTS <= SLAB, "the sums of the warps take the place of x");
 
 struct Slab {
@@ -103,9 +103,11 @@ QG_DEVICE void read_group(Group &group, const SCALE *ratio, const uint8_t *zeros
   }
 }
 
-QG_KERNEL __launch_bounds__(THREADS, BLOCKS) weight_gemv(const REAL *__restrict__ x, const uint4 *__restrict__ packed, const SCALE *__restrict__ ratio,
-                                                 const uint8_t *__restrict__ zeros, const float *__restrict__ row, const float *__restrict__ bias,
-                                                 REAL *__restrict__ y, float *__restrict__ partial, int m, int n, int k, int per_group, int zero, int squares) {
+// per_group: 32s of inputs that share a scale; squares: of a split.
+QG_KERNEL __launch_bounds__(THREADS, BLOCKS) weight_gemv(
+    const REAL *__restrict__ x, const uint4 *__restrict__ packed, const SCALE *__restrict__ ratio, const uint8_t *__restrict__ zeros,
+    const float *__restrict__ row, const float *__restrict__ bias, REAL *__restrict__ y, float *__restrict__ partial,
+    int m, int n, int k, int per_group, int zero, int squares) {
   __shared__ Slab slab;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warp_n = warp % WARPS_N, warp_k = warp / WARPS_N;
   const int all_squares = (k + 63) / 64, padded_n = (n + 63) & ~63;
@@ -114,7 +116,7 @@ QG_KERNEL __launch_bounds__(THREADS, BLOCKS) weight_gemv(const REAL *__restrict_
   const int begin = blockIdx.y * squares, end = min(begin + squares, all_squares);
   const bool inside = 16 * tile < padded_n;
   const uint4 *mine = packed + ((size_t)(tile / 4) * all_squares * BITS + BITS * (tile % 4) / 4) * 32 + lane;
-  const float inverse = 1.f / per_group;   // per_group: a scale's inputs / 32
+  const float inverse = 1.f / per_group;
   x += (size_t)first_row * k;
 
   Group group;
@@ -124,7 +126,8 @@ QG_KERNEL __launch_bounds__(THREADS, BLOCKS) weight_gemv(const REAL *__restrict_
     const int here = inside ? min(SLAB / 64, end - s0) : 0;   // squares of this slab; a warp beyond N has none
     const uint4 *squares_here = mine + (size_t)s0 * BITS * 32;
     Weights ahead[UNROLL];
-    QG_UNROLL for (int u = 0; u < UNROLL; u++) if (warp_k + u * WARPS_K < here) ahead[u] = read(squares_here + (warp_k + u * WARPS_K) * BITS * 32);
+    QG_UNROLL for (int u = 0; u < UNROLL; u++)
+      if (warp_k + u * WARPS_K < here) ahead[u] = read(squares_here + (warp_k + u * WARPS_K) * BITS * 32);
     __syncthreads();   // the slab before has been read
     stage(slab, x, rows, 64 * s0, min(k, 64 * end), k);
     __syncthreads();

@@ -1,7 +1,7 @@
 """y = x . dequantize(W)^T + bias for weights of 2 to 8 bits: weight_gemv.cu for few rows, weight_gemm.cu for more, chosen by `choose`.
 
-torch.ops.qgraph_cuda.weight_only_linear is Q.dequant_linear with its weight packed by weight_packing.py. Sums are float32. The GEMV takes x as
-it is; for the tensor cores a float32 x is rounded to half (the result stays float32), so |x| < 65,504.
+torch.ops.qgraph_cuda.weight_only_linear is Q.dequant_linear with its weight packed by weight_packing.py. Sums are float32. The GEMV takes x
+as it is; for the tensor cores a float32 x is rounded to half (the result stays float32), so |x| < 65,504.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def work(m: int, n: int, k: int, bits: int, group: int, dtype: torch.dtype, *, z
     scale = 4 if dtype == torch.float32 else 2
     parameters = n * groups * (scale + zeros) + 4 * n * (1 + bias)
     multiplications = 2 * m * n * k
-    vector = dtype == torch.float32 or m == 1
+    vector = m == 1 or (dtype == torch.float32 and m <= ROWS.rows)
     return Work(
         n * k * bits // 8 + parameters + (m * k + m * n) * dtype.itemsize,
         fp16_ops=0 if vector else multiplications,
@@ -198,7 +198,8 @@ def _product(x: Tensor, weight: tuple[Tensor | None, ...], zero: int, n: int, gr
     if y.numel() == 0:
         return y
     plan = choose(m, n, k, x.dtype, _arch(x.device))
-    x = whole(F.pad(x.to(plan.config.reads(x.dtype)), (0, -k % 8)))
+    x = x.to(plan.config.reads(x.dtype))
+    x = whole(F.pad(x, (0, -k % 8)) if k % 8 else x)
     squares = -(-k // SQUARE)
     each = max(-(-squares // plan.splits), 1)
     splits = max(-(-squares // each), 1)

@@ -27,8 +27,9 @@ _SPREAD = (4, 8, 2, 4, 2, 4, 2)
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """codes int32 [N/64, K/64, bits, 32 lanes, 4 words]; row float32 [N]; ratio [groups, N]; zeros uint8 [groups, N], or None where `zero`
-    is the code of 0 everywhere. N and K are padded here to multiples of 64; `n` and `k` are the weight's own. `group`: inputs of a scale."""
+    """codes int32 [N/64, K/64, bits, 32 lanes, 4 words]; row float32 [N]; ratio [groups, N]; zeros uint8 [groups, N], or None where
+    `zero` is the code of 0 everywhere. N and K are padded here to multiples of 64; `n` and `k` are the weight's own. `group`: inputs of a
+    scale."""
 
     codes: Tensor
     row: Tensor

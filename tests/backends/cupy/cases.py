@@ -10,10 +10,11 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from qgraph import reference
-from qgraph.backends.cupy import act_quantize, kv_cache, kv_reference, norm_quantize, quantizing, w8a8, weight_only
+from qgraph.backends.cupy import act_quantize, embedding, kv_cache, kv_reference, norm_quantize, quantizing, w8a8, weight_only
 from qgraph.backends.cupy.ops import K
 from qgraph.backends.cupy.roofline import Work
 from qgraph.backends.cupy.weight_packing import pack_bias, pack_weight
+from qgraph.types import int_range
 
 HALF = torch.float16
 
@@ -170,7 +171,7 @@ def cached_attention(device: torch.device, batch: int, heads: int, kv_heads: int
     """One token for each sequence: appended to a cache of `tokens` - 1 others, then attended from. x: its keys."""
     random = Random(device)
     cache = kv_cache.QuantizedCache.allocate(batch, kv_heads, head_dim, capacity=tokens, bits=bits, device=device)  # type: ignore[arg-type]
-    before, v, q = Random(device, 1).normal(batch, tokens - 1, kv_heads, head_dim), random.normal(batch, 1, kv_heads, head_dim), None
+    before, v = Random(device, 1).normal(batch, tokens - 1, kv_heads, head_dim), random.normal(batch, 1, kv_heads, head_dim)
     q = Random(device, 2).normal(batch, 1, heads, head_dim)
     K.kv_append(before, before, cache.codes, cache.params, cache.lengths, bits, False)
     cache.lengths.fill_(tokens - 1)
@@ -189,6 +190,23 @@ def cached_attention(device: torch.device, batch: int, heads: int, kv_heads: int
     return Case(op, random.normal(batch, 1, kv_heads, head_dim), expected, work, tolerance=2e-3)
 
 
+def gathered_rows(device: torch.device, m: int, n: int, k: int, *, dtype: str = "int4", group: int = 64) -> Case:
+    """m rows of a table of n, in groups with a scale each. x: the ids."""
+    low, high = int_range(dtype)
+    random, groups = Random(device), -(-k // group)
+    table, scale = random.integers(low, high, n, k), random.scales(n, groups).to(HALF)
+    codes = embedding.pack_table(table, dtype)
+
+    def op(ids: Tensor) -> Any:
+        return K.embedding_dequantize(ids, codes, scale, None, dtype, k, group)
+
+    def expected(ids: Tensor) -> Any:
+        return reference.dequantize(table.cpu()[ids], scale.cpu()[ids], None, dtype, 1, group)
+
+    ids = random.integers(0, n - 1, m, dtype=torch.int64)
+    return Case(op, ids, expected, embedding.work(m, k, dtype, HALF, group=group))
+
+
 SMALL: dict[str, Callable[[torch.device], Case]] = {
     "w8a8, dp4a": lambda d: integer_linear(d, 3, 70, 200),
     "w8a8, tensor cores": lambda d: integer_linear(d, 40, 70, 200),
@@ -200,6 +218,7 @@ SMALL: dict[str, Callable[[torch.device], Case]] = {
     "tensor": lambda d: tensor_to_integers(d, 33, 1000),
     "norm": lambda d: norm_to_integers(d, 5, 320),
     "act": lambda d: act_to_integers(d, 5, 320),
+    "embedding": lambda d: gathered_rows(d, 7, 50, 200),
     "cache of 8 bits": lambda d: cached_attention(d, 2, 4, 2, 64, 150),
     "cache of 4 bits": lambda d: cached_attention(d, 2, 4, 2, 64, 150, bits=4),
 }

@@ -164,3 +164,29 @@ def test_packed_weights_are_read_again_from_the_cache(monkeypatch, tmp_path):
         (file,) = (tmp_path / "packed").iterdir()
         file.write_bytes(file.read_bytes()[:1000])  # a disk that was full
         assert torch.equal(qgraph.lower(gm, backend="cupy")(x), first(x)) and len(packings) == 2
+
+
+class Tied(torch.nn.Module):
+    """A table of embeddings that is the last layer's weight, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.inner = torch.nn.Embedding(70, 64), torch.nn.Linear(64, 64)
+        self.head = torch.nn.Linear(64, 70, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.inner(self.table(ids))))
+
+
+@pytest.mark.parametrize("setting", ["embeddings.group=32", "embeddings.bits=4"])
+def test_embeddings_are_gathered_from_integers(setting):
+    torch.manual_seed(0)
+    ids = torch.randint(0, 70, (3, 9))
+    gm = qgraph.quantize(Tied().eval(), example_inputs=(ids,), recipe=qgraph.load_recipe("w4a16-g32", [setting]), backend="cupy")
+    with emulation():
+        program = qgraph.lower(gm, backend="cupy", strict=True)
+        found = program(ids)
+    expected = gm(ids).detach()
+    assert [k.became for k in program.kernels()] == ["embedding_dequantize", "weight_only_linear", "weight_only_linear"]
+    assert (found - expected).norm() < 1e-3 * expected.norm()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from qgraph import reference
 from qgraph.backends.cupy import kv_cache, kv_reference
 from qgraph.backends.cupy.emulate import emulation
-from qgraph.backends.cupy.kv_cache import KERNELS, QuantizedCache, append_work, choose, row_bytes, splits, work
+from qgraph.backends.cupy.kv_cache import KERNELS, QuantizedCache, advance, append_work, choose, row_bytes, splits, work
 from qgraph.backends.cupy.ops import K
 from qgraph.errors import LoweringError
 
@@ -144,7 +144,7 @@ def test_decoding_token_by_token_is_the_reference_and_ends_when_the_cache_is_ful
                 found = cache.attend(q[:, piece]).to(FLOAT)
                 expected = kv_reference.attention(q[:, piece], cache.codes, cache.params, cache.lengths, 64**-0.5, 8, new)
                 assert (found - expected).norm() <= 2e-3 * expected.norm()
-            cache.advance(new)
+            advance([cache], new)
             lengths.append(cache.lengths.item())
         assert lengths == [10, 13, 14, 16]
         with pytest.raises(LoweringError, match="the cache is full: it has 16 tokens, and 1 more exceed its capacity of 16"):
@@ -172,6 +172,15 @@ def test_appending_reads_and_writes_once_in_whole_sectors(monkeypatch):
     ((_, profile),) = run.profiles
     least = append_work((1, 64, 2, 64), 8, HALF).bytes
     assert profile.sector_efficiency == 1.0 and profile.traffic <= 1.05 * least, (profile.traffic, least)
+
+
+def test_layers_that_share_their_lengths_advance_together():
+    first = allocate(2, 1, 64, 16, 8, HALF)
+    second = QuantizedCache.allocate(2, 1, 64, capacity=16, bits=8, dtype=HALF, device="cpu", lengths=first.lengths)
+    advance([first, second], 9)
+    assert first.lengths.tolist() == [9, 9] and (first.appended, second.appended) == (9, 9)
+    with pytest.raises(LoweringError, match="the cache is full"):
+        advance([first, second], 8)
 
 
 def test_packing_is_undone():

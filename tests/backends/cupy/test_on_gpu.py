@@ -3,6 +3,8 @@ on the day they meet a GPU."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
+from time import perf_counter
 from typing import Any
 
 import pytest
@@ -11,7 +13,10 @@ from torch.utils import _pytree as pytree
 
 import qgraph
 from qgraph.backends.cupy.emulate import emulation
+from qgraph.backends.cupy.roofline import A100
+from qgraph.errors import LoweringError
 from tests.backends.cupy.cases import SMALL
+from tests.bench import cuda
 
 GPU = pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")])
 on_devices = pytest.mark.parametrize("device", ["cpu", GPU], indirect=True)
@@ -111,3 +116,32 @@ def test_a_program_gives_what_its_graph_gives(recipe, device):
     found = program(x)
     assert found.device.type == device.type
     assert (found.cpu() - expected).norm() <= 2e-3 * expected.norm()
+
+
+def on_the_host(run):
+    start = perf_counter()
+    run()
+    return perf_counter() - start
+
+
+def test_the_benchmark_checks_and_times_every_family(monkeypatch):
+    """The script for a GPU, on small shapes in the emulator."""
+    monkeypatch.setitem(cuda.MODELS, "tiny", ((136, 320),))
+    monkeypatch.setattr(cuda, "CACHES", ((2, 150),))
+    monkeypatch.setattr(cuda, "SMALL", {"rows": SMALL["rows"], "broken": lambda d: replace(SMALL["rows"](d), expected=lambda x: x)})
+    bench = cuda.Bench(torch.device("cpu"), A100, on_the_host, perf_counter() + 600)
+    with emulation():
+        assert list(bench.check()) == ["broken"]
+        found = list(bench.timings(["tiny"], [1]))
+        assert list(cuda.Bench(bench.device, None, on_the_host, deadline=0.0).timings(["tiny"], [1])) == []
+    assert [t.kernel for t in found] == [*cuda.LINEARS, *cuda.ROW_KERNELS, "append + attend, 8 bits", "append + attend, 4 bits"]
+    assert all(t.seconds > 0 and t.bandwidth > 0 and 0 < t.fraction < 1 for t in found)
+    lines = cuda.markdown(found).splitlines()
+    assert len(lines) == 2 + len(found) and {line.count("|") for line in lines} == {len(cuda.HEADER) + 1}
+    assert cuda.table(found).row_count == len(found)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_benchmark_needs_a_gpu():
+    with pytest.raises(LoweringError, match="timed on a CUDA device"):
+        cuda.main([])

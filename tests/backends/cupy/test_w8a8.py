@@ -199,6 +199,15 @@ def test_scales_that_are_no_numbers_saturate_as_the_reference_does():
     assert (y[:2] == -128).all()
 
 
+def test_requantization_divides_the_scales_before_it_multiplies():
+    """s / y_scale is 0.5 to the last bit, so that odd sums are halfway; s * (1 / y_scale) is a little less or more for some y_scale."""
+    x, weight = torch.arange(-16, 17, dtype=torch.int8)[:, None], torch.ones(1, 1, dtype=torch.int8)
+    for y_scale in torch.arange(1.0, 100.0):
+        with emulation():
+            got = call(Case(y_dtype="int8"), (x, torch.ones(1), None, weight, (y_scale / 2)[None], None, None, y_scale, None))
+        assert torch.equal(got, (x.float() / 2).round().to(torch.int8))
+
+
 def test_row_sums_that_are_given_are_taken():
     case = Case(5, 12, 48, w_zero="rows")
     sums = case.operands()[0].to(torch.int32).sum(-1, dtype=torch.int32)
@@ -221,14 +230,15 @@ def test_unpack_inverts_pack(n, k, dtype, w_zero):
     assert torch.equal(got.int() - (0 if got_zero is None else got_zero[:, None]), centred)
     assert torch.equal(packed.sums[:n], centred.sum(1, dtype=torch.int32))
     assert torch.equal(got_scale, scale.expand(n))
-    if int(weight.max()) <= 127:
+    if zero is None and int(weight.max()) <= 127:
         assert torch.equal(got, weight.to(torch.int8))
 
 
-def test_uint8_weights_around_128_need_no_zero_points():
+def test_zero_points_are_subtracted_when_packing_where_int8_holds_what_remains():
     weight = torch.tensor([[0, 255], [128, 1]], dtype=torch.uint8)
     assert pack(weight, torch.ones(1), torch.tensor([128], dtype=torch.uint8)).zero_point is None
     assert pack(weight, torch.ones(1)).zero_point is not None
+    assert pack(weight, torch.ones(1), torch.tensor([127], dtype=torch.uint8)).zero_point is not None
 
 
 # Choices
