@@ -19,6 +19,7 @@ from qgraph.calibrate import calibrate
 from qgraph.capture import capture
 from qgraph.edit import copy_graph, graph_modules
 from qgraph.errors import CalibrationError, ModelError, RecipeError
+from qgraph.heap import give_back
 from qgraph.ledger import Stage, state
 from qgraph.onnx_io import from_onnx
 from qgraph.onnx_ops import OnnxOp
@@ -121,6 +122,7 @@ def convert(prepared: GraphModule, *, verify: Verify | None = None) -> GraphModu
     gm = copy_graph(prepared)
     _run(gm, InsertFakeQuant.of(gm), FoldFakeQuant(), TieWeights(), RemoveDead(), verify=verify)
     saturation.record(gm)
+    give_back()
     return _at(gm, "converted")
 
 

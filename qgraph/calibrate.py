@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 
 from qgraph.batches import load_batches
 from qgraph.errors import CalibrationError
+from qgraph.heap import give_back
 from qgraph.ledger import state
 from qgraph.observe import Observer
 from qgraph.passes.insert_fake_quant import InsertFakeQuant
@@ -88,3 +89,4 @@ def _stage(prepared: GraphModule, p: Pass, batches: Iterable[Any] | None, progre
     found.pending = found.pending[1:]
     found.declines += tuple(dict.fromkeys(ctx.declines))
     ctx.declines.clear()
+    give_back()

@@ -50,7 +50,9 @@ class Cupy:
 
     def export(self, gm: GraphModule, path: str | os.PathLike[str]) -> None:
         """Raises LoweringError: what runs here is a torch module with kernels, for which there is no file format."""
-        raise LoweringError("the cupy backend writes no files: export with backend='onnxruntime', or keep the converted graph and lower it again")
+        raise LoweringError(
+            "the cupy backend writes no files: export with backend='onnxruntime', or keep the converted graph and lower it again"
+        )
 
     def _device(self) -> torch.device:
         if self.device is not None:

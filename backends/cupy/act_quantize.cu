@@ -46,9 +46,10 @@ struct Gated {
 };
 
 // sums, given_scale ... symmetric as in quantize_rows.
-QG_KERNEL __launch_bounds__(BLOCK) act_quantize(const REAL *gate, const REAL *up, uint8_t *q, REAL *scale, uint8_t *zero, int *sums,
-                                                const float *given_scale, const int *given_zero, int every, int rows, int k, int gate_stride,
-                                                int up_stride, int low, int high, int symmetric, float a, float b) {
+QG_KERNEL __launch_bounds__(BLOCK)
+act_quantize(const REAL *gate, const REAL *up, uint8_t *q, REAL *scale, uint8_t *zero, int *sums, const float *given_scale,
+             const int *given_zero, int every, int rows, int k, int gate_stride, int up_stride, int low, int high, int symmetric, float a,
+             float b) {
   int index = blockIdx.x * (BLOCK / LANES) + threadIdx.x / LANES;
   if (index >= rows) return;
   Row row(index, k);

@@ -22,7 +22,8 @@ ACTS: dict[str, tuple[float, float] | None] = {"silu": (1.0, 0.0), "gelu_tanh": 
 
 
 def _kernel(config: RowConfig, dtype: torch.dtype, act: str) -> Kernel:
-    return kernel("act_quantize.cu", "act_quantize", expects=("LDG.128",), GELU=ACTS[act] is None, **config.defines(dtype))
+    real, gelu = TYPES[dtype], ACTS[act] is None
+    return kernel("act_quantize.cu", "act_quantize", expects=("LDG.128",), REAL=real, LANES=config.lanes, KEEP=config.keep, GELU=gelu)
 
 
 KERNELS = tuple(_kernel(c, t, act) for t in TYPES for c in CONFIGS for act in ("silu", "gelu"))

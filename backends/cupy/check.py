@@ -25,7 +25,7 @@ from qgraph.errors import LoweringError, nearest
 
 ARCHS = (80, 90, 120)
 
-FAMILIES = ("quantizing", "norm_quantize", "act_quantize", "w8a8", "weight_only", "embedding", "kv_cache")
+FAMILIES = ("quantizing", "norm_quantize", "act_quantize", "w8a8", "w8a8_conv", "weight_only", "embedding", "kv_cache")
 """The modules of this package with a tuple KERNELS: every configuration that a launch may choose."""
 
 ELEMENTS = frozenset({*TYPES.values(), "int8_t", "uint8_t"})

@@ -3,6 +3,7 @@
     quantize                        quantize_static
     dynamic_quantize                quantize_tensor, quantize_rows
     quantized_linear                w8a8_linear
+    quantized_conv                  w8a8_conv
     dequant_linear                  weight_only_linear
     embedding of a dequantized      embedding_dequantize
     dequantize                      dequantize
@@ -13,7 +14,7 @@ A node that no rule takes stays what it is and runs in torch; `Program.kernels()
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -26,6 +27,7 @@ from qgraph.backends.cupy.embedding import pack_table
 from qgraph.backends.cupy.launch import TYPES
 from qgraph.backends.cupy.ops import K
 from qgraph.backends.cupy.packed_cache import packed
+from qgraph.backends.cupy.w8a8_conv import pack_conv
 from qgraph.backends.cupy.weight_packing import pack_bias, pack_weight
 from qgraph.errors import LoweringError
 from qgraph.ops import Q
@@ -66,17 +68,50 @@ def dynamic_quantize(m: Match, rw: Rewriter) -> tuple[Node, ...]:
 def quantized_linear(m: Match, rw: Rewriter) -> Node:
     """Integers times integers, on tensor cores."""
     got = operands(m.root)
+    scale, made = _integers(rw, got, _pack_integers)
+    stored = [_read(rw, got, made, name) for name in ("weight", "scale", "sums", "zero_point")]
+    y = (got["y_scale"], got["y_zero_point"], got["y_dtype"])
+    return rw.call(K.w8a8_linear.default, *_x(got), *stored, _int_bias(rw, got), scale.dtype, *y, like=m.root)
+
+
+@rule(Op(Q.quantized_conv.default))
+def quantized_conv(m: Match, rw: Rewriter) -> Node:
+    """The same on the windows of an image."""
+    got = operands(m.root)
+    if got["groups"] != 1 or len(got["stride"]) > 2:
+        rw.decline(f"the kernel has one group and one or two spatial axes, not {got['groups']} and {len(got['stride'])}")
+    scale, made = _integers(rw, got, _pack_windows)
+    stored = [_read(rw, got, made, name) for name in ("weight", "scale", "sums")]
+    window = (made["kernel"].tolist(), got["stride"], got["padding"], got["dilation"])
+    y = (got["y_scale"], got["y_zero_point"], got["y_dtype"])
+    return rw.call(K.w8a8_conv.default, *_x(got), *stored, _int_bias(rw, got), scale.dtype, *window, *y, like=m.root)
+
+
+def _integers(rw: Rewriter, got: dict[str, Any], pack: Callable[..., Mapping[str, Tensor]]) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """The weight's scale and what `pack` makes of it."""
     for name in ("x_dtype", "w_dtype", "y_dtype"):
         if got[name] is not None:
             _require_bytes(rw, got[name])
     weight, scale, zero = (_stored(rw, got[k]) for k in ("weight", "w_scale", "w_zero_point"))
     if scale is None or scale.dtype not in TYPES:
         rw.decline("the weight has no float scale that is stored")
-    made = packed(_pack_integers, weight, scale, zero)
-    bias = None if got["bias"] is None else rw.const(got["bias"], w8a8.pack_bias)
-    stored = [rw.const(made[k], name=f"{got['weight'].target}_{k}") if k in made else None for k in ("weight", "scale", "sums", "zero_point")]
-    x = (got["x"], got["x_scale"], got["x_zero_point"])
-    return rw.call(K.w8a8_linear.default, *x, *stored, bias, scale.dtype, got["y_scale"], got["y_zero_point"], got["y_dtype"], like=m.root)
+    try:
+        return scale, packed(pack, weight, scale, zero)
+    except LoweringError as e:
+        rw.decline(str(e))
+
+
+def _x(got: dict[str, Any]) -> tuple[Node, Node, Node | None]:
+    return got["x"], got["x_scale"], got["x_zero_point"]
+
+
+def _int_bias(rw: Rewriter, got: dict[str, Any]) -> Node | None:
+    return None if got["bias"] is None else rw.const(got["bias"], w8a8.pack_bias)
+
+
+def _read(rw: Rewriter, got: dict[str, Any], made: Mapping[str, Tensor], name: str) -> Node | None:
+    """A new constant of what was packed, None for what is not there."""
+    return rw.const(made[name], name=f"{got['weight'].target}_{name}") if name in made else None
 
 
 @rule(Op(Q.dequant_linear.default))
@@ -90,11 +125,8 @@ def dequant_linear(m: Match, rw: Rewriter) -> Node:
     except LoweringError as e:
         rw.decline(str(e))
     bias = None if got["bias"] is None else rw.const(got["bias"], pack_bias)
-    codes, row, ratio, zeros = (
-        rw.const(made[k], name=f"{got['weight'].target}_{k}") if k in made else None for k in ("codes", "row", "ratio", "zeros")
-    )
-    sizes = made["sizes"].tolist()
-    return rw.call(K.weight_only_linear.default, got["x"], codes, row, ratio, zeros, bias, *sizes, like=m.root)
+    stored = [_read(rw, got, made, name) for name in ("codes", "row", "ratio", "zeros")]
+    return rw.call(K.weight_only_linear.default, got["x"], *stored, bias, *made["sizes"].tolist(), like=m.root)
 
 
 @rule(Op(Embedding, weight=Op(Q.dequantize.default, "table"), indices=Var("indices")))
@@ -138,6 +170,11 @@ def _pack_integers(weight: Tensor, scale: Tensor, zero: Tensor | None) -> Mappin
     return _present(weight=p.weight, scale=p.scale, sums=p.sums, zero_point=p.zero_point)
 
 
+def _pack_windows(weight: Tensor, scale: Tensor, zero: Tensor | None) -> Mapping[str, Tensor]:
+    p = pack_conv(weight, scale, zero)
+    return _present(weight=p.weight, scale=p.scale, sums=p.sums, kernel=torch.tensor(weight.shape[2:]))
+
+
 def _pack_codes(weight: Tensor, scale: Tensor, zero: Tensor | None, dtype: str, group: int, real: torch.dtype) -> Mapping[str, Tensor]:
     p = pack_weight(weight, scale, zero, dtype, group, real=real)
     return _present(codes=p.codes, row=p.row, ratio=p.ratio, zeros=p.zeros, sizes=torch.tensor([p.zero, p.n, p.group]))
@@ -170,7 +207,7 @@ def _float_type(rw: Rewriter, x: Node) -> torch.dtype:
     return found  # type: ignore[no-any-return]  # getattr of a module
 
 
-RULES = (quantize, dynamic_quantize, quantized_linear, dequant_linear, embedding)
+RULES = (quantize, dynamic_quantize, quantized_linear, quantized_conv, dequant_linear, embedding)
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@
 //     table    rows of BITS-bit codes     V = 16 / sizeof(REAL) values out of V * BITS / 8 bytes
 //     out      | row 7 | row 2 | row 2 |
 //
-// Ladder. 1. Dequantize the table, then gather: all of the vocabulary is read and written. 2. Gather codes, then dequantize: they are written
-// and read between. 3. (this) One kernel: codes are read, values written, once. Adjacent lanes read adjacent codes and write adjacent 16-byte
-// pieces, so every sector is used whole. The scale of a group comes with one cached load a thread.
+// Ladder. 1. Dequantize the table, then gather: all of the vocabulary is read and written. 2. Gather codes, then dequantize: they are
+// written and read between. 3. (this) One kernel: codes are read, values written, once. Adjacent lanes read adjacent codes and write
+// adjacent 16-byte pieces, so every sector is used whole. The scale of a group comes with one cached load a thread.
 //
-// BITS 8, or 4: two codes a byte, the first in the low half. table [vocabulary, stride bytes]; scale, zero (or null) [vocabulary, groups], a
-// group being `group` columns, or one for all (groups = 0); out [rows, k]. Codes are signed with flip = 128 or 8, unsigned with 0; zeros, a
+// BITS 8, or 4: two codes a byte, the first in the low half. table [vocabulary, stride bytes]; scale, zero (or null) [vocabulary, groups],
+// a group being `group` columns, or one for all (groups = 0); out [rows, k]. Codes are signed with flip = 128 or 8, unsigned with 0; zeros, a
 // byte each, likewise with zero_flip. ids null: row i of the table is row i of out (dequantization). An id that is in no row of the table
 // gives a row of NaN: nothing here can stop the program.
 //
@@ -39,8 +39,9 @@ QG_DEVICE void codes(const uint8_t *row, int column, int (&out)[V]) {
   QG_UNROLL for (int i = 0; i < V; i++) out[i] = words[i * BITS / 32] >> i * BITS % 32 & ((1 << BITS) - 1);
 }
 
-QG_KERNEL __launch_bounds__(256) embedding_dequantize(const int64_t *ids, const uint8_t *table, const REAL *scale, const uint8_t *zero, REAL *out,
-                                                      int vocabulary, int k, int stride, int group, int groups, int flip, int zero_flip) {
+QG_KERNEL __launch_bounds__(256)
+embedding_dequantize(const int64_t *ids, const uint8_t *table, const REAL *scale, const uint8_t *zero, REAL *out, int vocabulary, int k,
+                     int stride, int group, int groups, int flip, int zero_flip) {
   int tile = blockIdx.y * blockDim.x * V, column = tile + threadIdx.x * V;
   int64_t id = ids ? ids[blockIdx.x] : int64_t(blockIdx.x);
   bool inside = id >= 0 && id < vocabulary;

@@ -81,9 +81,7 @@ def _dequantize(
 
 
 @cuda_op("Tensor ids, Tensor table, Tensor scale, Tensor? zero_point, str dtype, int k, int group")
-def embedding_dequantize(
-    ids: Tensor, table: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: str, k: int, group: int
-) -> Tensor:
+def embedding_dequantize(ids: Tensor, table: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: str, k: int, group: int) -> Tensor:
     """ids int64 [...], a packed table of k columns -> [..., k] in scale's float type.
 
     scale (and zero_point, in storage(dtype)): one element, one per row of the table, or with `group` > 0 one per row and group of columns,

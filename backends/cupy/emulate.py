@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -27,6 +27,7 @@ from qgraph.errors import LoweringError
 
 FLAGS = ("-std=c++17", "-O2", "-march=x86-64-v3", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-fvisibility=hidden", "-w")
 CHECKED = "-DQG_CHECKED"
+EMULATOR = HERE / "emulator"
 HOOKS = (CHECKED, "-fsanitize=thread", "-g1", "-gdwarf-4")
 KERNEL = re.compile(r"QG_KERNEL\s+(?:__launch_bounds__\s*\([^)]*\)\s*)?(\w+)\s*\(")
 
@@ -146,7 +147,7 @@ class Emulated:
         command = ["addr2line", "-a", "-i", "-e", str(self.path), *(f"{o - 1:#x}" for o in new)]
         for offset, found in zip(new, re.split(r"^0x[0-9a-f]+\n", _output(command), flags=re.MULTILINE)[1:], strict=True):
             frames = [Path(line.split(" (")[0]) for line in found.splitlines()]
-            ours = [f.name for f in frames if f.parent != HERE / "emulator" and not f.name.startswith("qg.cuh:")]
+            ours = [f.name for f in frames if f.parent != EMULATOR and not f.name.startswith("qg.cuh:")]
             self.lines[offset] = (ours or ["an unknown line"])[0]
 
 
@@ -158,7 +159,9 @@ class _Place(ctypes.Structure):
 
 def _shared_arrays(path: Path) -> Iterator[tuple[int, int, str]]:
     """Address, bytes and name of the static __shared__ arrays: variables inside functions (kernel::tile)."""
-    for address, size, name in re.findall(r"^(\w+) (\w+) [bBdDuV] ((?!guard |emu::|std::).*::\w+.*)$", _output(["nm", "-SC", str(path)]), re.MULTILINE):
+    for address, size, name in re.findall(
+        r"^(\w+) (\w+) [bBdDuV] ((?!guard |emu::|std::).*::\w+.*)$", _output(["nm", "-SC", str(path)]), re.MULTILINE
+    ):
         yield int(address, 16), int(size, 16), name
 
 
@@ -173,8 +176,7 @@ def _output(command: list[str]) -> str:
 def build(file: str, defines: tuple[tuple[str, str], ...] = (), checked: bool = False, folder: Path = HERE) -> Emulated:
     """Compiles (or finds in the cache) `folder/file` with its definitions. Raises LoweringError with the compiler's words."""
     flags = (*FLAGS, *(HOOKS if checked else ()))
-    text = source(file, folder)
-    target = kept("emulated", ".so", text, repr(defines), *flags)
+    target = kept("emulated", ".so", source(file, folder), _emulator(), repr(defines), *flags)
     if not whole(target):
         exports = "".join(f"QG_EXPORT({name})\n" for name in KERNEL.findall((folder / file).read_text()))
         defined = "".join(f"#define {k} {v}\n" for k, v in defines)
@@ -190,15 +192,20 @@ def build(file: str, defines: tuple[tuple[str, str], ...] = (), checked: bool = 
 
 
 @cache
+def _emulator() -> str:
+    """The emulator's own sources."""
+    return "\n".join(p.read_text() for p in sorted(EMULATOR.glob("*.h")))
+
+
+@cache
 def _checks() -> Path:
     """checks.h compiled, without the hooks."""
-    emulator = HERE / "emulator"
     flags = (*FLAGS, CHECKED)
-    target = kept("emulated", ".o", *(p.read_text() for p in sorted(emulator.glob("*.h"))), *flags)
-    if not target.exists():
+    target = kept("emulated", ".o", _emulator(), *flags)
+    if not whole(target):
         with tempfile.TemporaryDirectory() as scratch:
             built = Path(scratch) / "checks.o"
-            _run([*_compiler(), *flags, *_includes(), "-x", "c++", "-c", str(emulator / "checks.h"), "-o", str(built)], "checks.h")
+            _run([*_compiler(), *flags, *_includes(), "-x", "c++", "-c", str(EMULATOR / "checks.h"), "-o", str(built)], "checks.h")
             keep(target, built.read_bytes())
     return target
 
@@ -206,12 +213,10 @@ def _checks() -> Path:
 @cache
 def _header(flags: tuple[str, ...]) -> Path:
     """emu.h beside its precompiled form, which halves the time of a build."""
-    emulator = HERE / "emulator"
-    text = "".join(p.read_text() for p in sorted(emulator.glob("*.h")))
-    forward = kept("emulated", ".h", text, str(emulator), str(cuda_include()), *flags)
+    forward = kept("emulated", ".h", _emulator(), str(EMULATOR), str(cuda_include()), *flags)
     precompiled = forward.with_suffix(".h.gch")
     if not precompiled.exists():
-        keep(forward, f'#include "{emulator / "emu.h"}"\n'.encode())
+        keep(forward, f'#include "{EMULATOR / "emu.h"}"\n'.encode())
         with tempfile.TemporaryDirectory() as scratch:
             made = Path(scratch) / "emu.gch"
             _run([*_compiler(), *flags, *_includes(), "-x", "c++-header", str(forward), "-o", str(made)], "emu.h")

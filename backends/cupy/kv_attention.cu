@@ -3,7 +3,7 @@
 //   out = softmax(q . dequantize(K)^T * scale) . dequantize(V)
 //
 //   q, out  REAL [batch, queries, kv_heads * group, HEAD_DIM]   the last query sees all tokens, the one before it all but one, ...
-//   tokens  min(lengths[b] + fresh, capacity) of sequence b
+//   tokens  starts[b] (0 without) to min(lengths[b] + fresh, capacity) of sequence b
 //
 // Partition: a block does some tokens of one kv head for all its rows, the group x queries vectors that attend to this head, so that
 // each byte of the cache is read once (up to ROWS = 8 TILES rows; beyond, slices of ROWS rows). A warp takes every fourth step of 16:
@@ -45,7 +45,12 @@ constexpr int PARTS = sizeof(REAL) == 4 ? 2 : 1;
 constexpr float NOTHING = -1e30f, HIDDEN = -3e38f, LOG2E = 1.4426950408889634f, HEADROOM = 12.0f, LAG = 3.0f;
 constexpr float LEAST_SCALE = 8.67361737988403547e-19f;    // 2**-60: below, a scale does not count for the maximum
 
-QG_DEVICE int share(int tokens, int splits) { return max(((tokens + splits - 1) / splits + ROUND - 1) / ROUND * ROUND, 2 * ROUND); }
+// The tokens that a sequence attends to, from a multiple of STEP on, and how many of them each split does.
+struct Tokens { int hidden, base, end, each; };   // those before `hidden` are masked
+QG_DEVICE Tokens tokens_of(int b, const int *lengths, const int *starts, int fresh, int capacity, int splits) {
+  int end = min(lengths[b] + fresh, capacity), hidden = starts ? min(max(starts[b], 0), end) : 0, base = hidden / STEP * STEP;
+  return {hidden, base, end, max(((end - base + splits - 1) / splits + ROUND - 1) / ROUND * ROUND, 2 * ROUND)};
+}
 
 // --- codes to halves
 struct Zero { __half2 large, small; };   // 1024 + zero, and -(64 + zero), of two values
@@ -133,7 +138,7 @@ QG_DEVICE void fetch(unsigned char *stage, const Cache &cache, int token, int en
 struct Attending {
   unsigned q[TILES][KEY_TILES][2][PARTS];   // B of the scores: row g
   float factor[TILES][2];                   // of the raw scores, in powers of two
-  int limit[TILES][2];                      // tokens that the row sees
+  int limit[TILES][2];                      // tokens that the row sees, from Tokens.hidden on
   float top[TILES][2], sum[TILES][2];       // running maximum; this lane's part of the sum of exp2(score - top)
   float out[TILES][TILES_OUT][4];
 };
@@ -178,13 +183,14 @@ QG_DEVICE void score(float (&s)[TILES][4], const Attending &rows, const unsigned
 }
 
 // Scores -> weights p * v_scale in s, with the maximum and all that is measured by it brought up to date where it is outgrown.
+// `token`: of lane row 0, counted from Tokens.hidden, so that an unsigned comparison finds those before it as well as those behind limit.
 QG_DEVICE void weigh(float (&s)[TILES][4], Attending &rows, const unsigned char *stage, int token, int g) {
   const unsigned char *params = stage + 2 * STEP * STRIDE + STEP * PARAM;
   float scale[2] = {param(params + g * PARAM).scale, param(params + (g + 8) * PARAM).scale};
   float offset[2] = {log2f(fmaxf(scale[0], LEAST_SCALE)) - HEADROOM, log2f(fmaxf(scale[1], LEAST_SCALE)) - HEADROOM};
   bool outgrown = false;
   QG_UNROLL for (int n = 0; n < TILES; n++) QG_UNROLL for (int i = 0; i < 4; i++) {
-    if (token + g + 8 * (i / 2) >= rows.limit[n][i % 2]) s[n][i] = HIDDEN;
+    if ((unsigned)(token + g + 8 * (i / 2)) >= (unsigned)rows.limit[n][i % 2]) s[n][i] = HIDDEN;
     outgrown |= s[n][i] + offset[i / 2] > rows.top[n][i % 2] + LAG;
   }
   if (__any_sync(ALL, outgrown)) QG_UNROLL for (int n = 0; n < TILES; n++) QG_UNROLL for (int j = 0; j < 2; j++) {
@@ -282,21 +288,21 @@ QG_DEVICE size_t vector(const Shape &shape, int b, int head, int r) {
 
 // With one split (gridDim.x) the result goes to out; else to partial [batch, kv_heads, group * queries, splits, HEAD_DIM] and tops [.., 2].
 QG_KERNEL __launch_bounds__(THREADS) kv_attention(const REAL *q, const unsigned char *codes, const REAL *params, const int *lengths,
-                                                  REAL *out, float *partial, float *tops, float scale, int fresh, int kv_heads, int group,
-                                                  int queries, int capacity) {
+                                                  const int *starts, REAL *out, float *partial, float *tops, float scale, int fresh,
+                                                  int kv_heads, int group, int queries, int capacity) {
   QG_DYNAMIC_SHARED(shared);
   Shape shape = {kv_heads, group, queries};
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = lane % 4, b = blockIdx.z;
   int slices = gridDim.y / kv_heads, head = blockIdx.y / slices, first = blockIdx.y % slices * ROWS;
   int count = min(group * queries - first, ROWS);
-  int tokens = min(lengths[b] + fresh, capacity), each = share(tokens, gridDim.x);
-  int begin = blockIdx.x * each, end = min(begin + each, tokens);
-  if (begin >= tokens && blockIdx.x) return;   // block 0 stays, for a sequence without tokens
+  Tokens tokens = tokens_of(b, lengths, starts, fresh, capacity, gridDim.x);
+  int begin = tokens.base + blockIdx.x * tokens.each, end = min(begin + tokens.each, tokens.end);
+  if (begin >= end && blockIdx.x) return;   // block 0 stays, for a sequence without tokens
 
   Attending rows;
   QG_UNROLL for (int n = 0; n < TILES; n++) {
     bool exists = 8 * n + g < count;
-    int row = exists ? first + 8 * n + g : 0, limit = exists ? tokens - (queries - 1 - row / group) : 0;
+    int row = exists ? first + 8 * n + g : 0, limit = exists ? max(tokens.end - (queries - 1 - row / group) - tokens.hidden, 0) : 0;
     float unit = load_query(rows.q[n], exists ? q + vector(shape, b, head, row) : nullptr, c) * scale * LOG2E;
     QG_UNROLL for (int j = 0; j < 2; j++) {
       rows.factor[n][j] = __shfl_sync(ALL, unit, 4 * (2 * c + j));
@@ -324,7 +330,7 @@ QG_KERNEL __launch_bounds__(THREADS) kv_attention(const REAL *q, const unsigned 
     const unsigned char *stage = ring + s % STAGES * STAGE;
     float weight[TILES][4];
     score(weight, rows, stage, g, c);
-    weigh(weight, rows, stage, start + s * ROUND, g);
+    weigh(weight, rows, stage, start + s * ROUND - tokens.hidden, g);
     add_values(rows, weight, stage, g, c);
   }
   copy_wait<0>();
@@ -347,11 +353,12 @@ QG_KERNEL __launch_bounds__(THREADS) kv_attention(const REAL *q, const unsigned 
 }
 
 // A warp adds up the splits of one row, in their order.
-QG_KERNEL __launch_bounds__(THREADS) kv_merge(const float *partial, const float *tops, const int *lengths, REAL *out, int fresh, int rows,
-                                              int kv_heads, int group, int queries, int capacity, int splits) {
+QG_KERNEL __launch_bounds__(THREADS) kv_merge(const float *partial, const float *tops, const int *lengths, const int *starts, REAL *out,
+                                              int fresh, int rows, int kv_heads, int group, int queries, int capacity, int splits) {
   int row = blockIdx.x * WARPS + threadIdx.x / 32, r = row % (group * queries), head = row / (group * queries), b = head / kv_heads;
   if (row >= rows) return;
-  int tokens = min(lengths[b] + fresh, capacity), each = share(tokens, splits), count = max((tokens + each - 1) / each, 1);
+  Tokens tokens = tokens_of(b, lengths, starts, fresh, capacity, splits);
+  int count = max((tokens.end - tokens.base + tokens.each - 1) / tokens.each, 1);
   REAL *to = out + vector({kv_heads, group, queries}, b, head % kv_heads, r);
   for (int d = threadIdx.x % 32 * 4; d < HEAD_DIM; d += 128) {
     size_t place = (size_t)row * splits;

@@ -77,18 +77,19 @@ class Config:
         return 32 // min(32, max(4, 1 << (self.head_dim * self.dtype.itemsize // 16 - 1).bit_length()))
 
     def attention(self) -> Kernel:
-        return kernel(
-            "kv_attention.cu", "kv_attention", shared=self.shared, expects=("HMMA.16816", "LDGSTS.128", "MOVM"), **self._defines(),
-        )  # fmt: skip
+        return self._kernel("kv_attention", self.shared, ("HMMA.16816", "LDGSTS.128", "MOVM"))
 
     def merge(self) -> Kernel:
-        return kernel("kv_attention.cu", "kv_merge", expects=("LDG.128",), **self._defines())
+        return self._kernel("kv_merge", 0, ("LDG.128",))
 
     def append(self) -> Kernel:
         return kernel("kv_append.cu", "kv_append", expects=("LDG.128",), REAL=TYPES[self.dtype], BITS=self.bits, HEAD_DIM=self.head_dim)
 
-    def _defines(self) -> dict[str, str | int]:
-        return {"REAL": TYPES[self.dtype], "BITS": self.bits, "HEAD_DIM": self.head_dim, "TILES": self.tiles, "STAGES": self.stages}
+    def _kernel(self, name: str, shared: int, expects: tuple[str, ...]) -> Kernel:
+        return kernel(
+            "kv_attention.cu", name, shared=shared, expects=expects,
+            REAL=TYPES[self.dtype], BITS=self.bits, HEAD_DIM=self.head_dim, TILES=self.tiles, STAGES=self.stages,
+        )  # fmt: skip
 
 
 def choose(dtype: torch.dtype, bits: int, head_dim: int, rows: int) -> Config:
@@ -137,10 +138,12 @@ def kv_append(k: Tensor, v: Tensor, codes: Tensor, params: Tensor, lengths: Tens
     config.append()(grid, 32 * WARPS, k, v, codes, params, lengths, int(symmetric), rows, new, heads, codes.shape[3], repeat)
 
 
-@cuda_op("Tensor q, Tensor codes, Tensor params, Tensor lengths, float scale, int bits, int fresh")
-def kv_attention(q: Tensor, codes: Tensor, params: Tensor, lengths: Tensor, scale: float, bits: int, fresh: int) -> Tensor:
-    """softmax(q . K^T * scale) . V [batch, queries, heads, head_dim] in q's type, over lengths[b] + fresh tokens. The last query sees all
-    of them, the one before it all but one, and so on."""
+@cuda_op("Tensor q, Tensor codes, Tensor params, Tensor lengths, Tensor? starts, float scale, int bits, int fresh")
+def kv_attention(
+    q: Tensor, codes: Tensor, params: Tensor, lengths: Tensor, starts: Tensor | None, scale: float, bits: int, fresh: int
+) -> Tensor:
+    """softmax(q . K^T * scale) . V [batch, queries, heads, head_dim] in q's type, over the tokens from starts[b] (int32 [batch]; 0 without)
+    to lengths[b] + fresh. The last query sees all of them, the one before it all but one, and so on."""
     batch, queries, heads, head_dim = q.shape
     kv_heads, capacity = codes.shape[2], codes.shape[3]
     group, q = heads // kv_heads, q.contiguous()
@@ -153,14 +156,16 @@ def kv_attention(q: Tensor, codes: Tensor, params: Tensor, lengths: Tensor, scal
     tops = q.new_empty((rows, parts, 2) if parts > 1 else 0, dtype=torch.float32)
     shape = (kv_heads, group, queries, capacity)
     grid = (parts, kv_heads * slices, batch)
-    config.attention()(grid, 32 * WARPS, q, codes, params, lengths, out, partial, tops, float(scale), fresh, *shape)
+    config.attention()(grid, 32 * WARPS, q, codes, params, lengths, starts, out, partial, tops, float(scale), fresh, *shape)
     if parts > 1:
-        config.merge()((ceil(rows / WARPS),), 32 * WARPS, partial, tops, lengths, out, fresh, rows, *shape, parts)
+        config.merge()((ceil(rows / WARPS),), 32 * WARPS, partial, tops, lengths, starts, out, fresh, rows, *shape, parts)
     return out
 
 
 @kv_attention.register_fake
-def _(q: Tensor, codes: Tensor, params: Tensor, lengths: Tensor, scale: float, bits: int, fresh: int) -> Tensor:
+def _(
+    q: Tensor, codes: Tensor, params: Tensor, lengths: Tensor, starts: Tensor | None, scale: float, bits: int, fresh: int
+) -> Tensor:  # fmt: skip
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
@@ -212,10 +217,11 @@ class QuantizedCache:
         self.fits(k.shape[1])
         K.kv_append(k, v, self.codes, self.params, self.lengths, self.bits, self.symmetric)
 
-    def attend(self, q: Tensor, *, scale: float | None = None) -> Tensor:
+    def attend(self, q: Tensor, *, scale: float | None = None, starts: Tensor | None = None) -> Tensor:
         """The attention of q [batch, queries, heads, head_dim], of q's shape and type; `scale` is 1 / sqrt(head_dim) by default.
 
         The queries are those of all tokens appended since the last `advance`: query i sees these up to its own, and what was there before.
+        `starts` int32 [batch]: tokens before it are not seen, as those that pad a row on the left, or have left a sliding window.
         Raises LoweringError where q does not fit."""
         batch, heads = self.codes.shape[1:3]
         fits = (
@@ -228,7 +234,7 @@ class QuantizedCache:
             )
         self.fits(q.shape[1])
         factor = self.head_dim**-0.5 if scale is None else scale
-        return cast(Tensor, K.kv_attention(q, self.codes, self.params, self.lengths, factor, self.bits, q.shape[1]))
+        return cast(Tensor, K.kv_attention(q, self.codes, self.params, self.lengths, starts, factor, self.bits, q.shape[1]))
 
     def fits(self, new: int) -> None:
         """Raises LoweringError where the longest sequence has no place for `new` more tokens."""

@@ -40,14 +40,18 @@ def dequantized(codes: Tensor, params: Tensor, bits: int, head_dim: int) -> Tens
     return (unpack(codes, bits, head_dim).to(torch.float32) - wide[..., 1:]) * wide[..., :1]
 
 
-def attention(q: Tensor, codes: Tensor, params: Tensor, lengths: Tensor, scale: float, bits: int, fresh: int) -> Tensor:
-    """softmax(q . K^T * scale) . V [batch, queries, heads, head_dim] in float32; query i of n sees lengths[b] + fresh - (n - 1 - i)
-    tokens. One that sees none gives 0."""
+def attention(
+    q: Tensor, codes: Tensor, params: Tensor, lengths: Tensor, starts: Tensor | None, scale: float, bits: int, fresh: int
+) -> Tensor:
+    """softmax(q . K^T * scale) . V [batch, queries, heads, head_dim] in float32; query i of n sees the tokens from starts[b] to
+    lengths[b] + fresh - (n - 1 - i). One that sees none gives 0."""
     queries, heads, head_dim = q.shape[1:]
     keys, values = (t.repeat_interleave(heads // codes.shape[2], dim=1) for t in dequantized(codes, params, bits, head_dim))
-    tokens = (lengths + fresh).clamp(max=codes.shape[3])
-    seen = tokens[:, None] - torch.arange(queries - 1, -1, -1, device=q.device)
-    hidden = torch.arange(codes.shape[3], device=q.device) >= seen[:, None, :, None]
+    ends = (lengths + fresh).clamp(max=codes.shape[3])[:, None] - torch.arange(queries - 1, -1, -1, device=q.device)
+    place = torch.arange(codes.shape[3], device=q.device)
+    hidden = place >= ends[:, None, :, None]
+    if starts is not None:
+        hidden = hidden | (place < starts[:, None, None, None])
     scores = (q.to(torch.float32).transpose(1, 2) @ keys.transpose(-1, -2) * scale).masked_fill(hidden, -torch.inf)
-    weights = scores.softmax(-1).nan_to_num(nan=0.0)
-    return (weights @ values.masked_fill(hidden[:, :, -1, :, None], 0.0)).transpose(1, 2)
+    found: Tensor = scores.softmax(-1).nan_to_num(nan=0.0) @ values.masked_fill(hidden[:, :, -1, :, None], 0.0)
+    return found.transpose(1, 2)

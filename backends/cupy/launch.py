@@ -52,7 +52,9 @@ class Kernel:
             _on_gpu(self, device.index, (x, y, z), block, arguments)
         elif (how := emulated()) is not None:
             module = build(self.file, self.defines, how.checked, self.folder)
-            done = module.launch(self.name, (x, y, z), (block, 1, 1), self.shared, [_c(a) for a in arguments], how.schedule, _extents(arguments))
+            done = module.launch(
+                self.name, (x, y, z), (block, 1, 1), self.shared, [_c(a) for a in arguments], how.schedule, _extents(arguments)
+            )
             if done is not None:
                 how.profiles.append((self.name, done))
         else:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qgraph.backends.cupy.launch import TYPES, Kernel, kernel
+from qgraph.backends.cupy.launch import TYPES, Kernel
 from qgraph.backends.cupy.ops import cuda_op
 from qgraph.backends.cupy.roofline import Work
 from qgraph.backends.cupy.rows import CONFIGS, Given, RowConfig, Rows, beside, byte_range, choose, empty_rows, float_type, row_count, whole
 
 
 def _kernel(config: RowConfig, dtype: torch.dtype) -> Kernel:
-    return kernel("norm_quantize.cu", "norm_quantize", expects=("LDG.128",), **config.defines(dtype))
+    return config.kernel("norm_quantize.cu", "norm_quantize", dtype)
 
 
 KERNELS = tuple(_kernel(c, t) for t in TYPES for c in CONFIGS)

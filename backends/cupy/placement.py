@@ -1,6 +1,6 @@
-"""What the CUDA kernels take: linears and embeddings. Everything else stays in torch's floats.
+"""What the CUDA kernels take: linears, convolutions of one group, embeddings. Everything else stays in torch's floats.
 
-Attention products and convolutions have no integer kernel here: they are refused, so that the ledger says so.
+Products of two activations, grouped and transposed convolutions have no integer kernel: they are refused, so that the ledger says so.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 from qgraph.backend import ALL, Placement
 from qgraph.types import PerGroup, PerToken, QSpec
-from qgraph.views import DataMovement, Embedding, Linear, const_value
+from qgraph.views import Conv, DataMovement, Embedding, Linear, const_value
 
 GROUP = 32
 """Group sizes are multiples of this one: a group never ends inside of what one thread dequantizes."""
@@ -18,9 +18,23 @@ WEIGHT_BITS = (2, 3, 4, 8)
 
 
 def _accepts(operation: Any, role: str, spec: QSpec) -> str | None:
+    if isinstance(operation, Conv) and (obstacle := _conv_obstacle(operation)) is not None:
+        return obstacle
     if role == "x":
         return _accepts_x(spec)
+    if isinstance(operation, Conv):
+        return None if spec.symmetric and spec.signed and spec.bits <= 8 else f"convolutions have signed symmetric weights here, not {spec}"
     return _accepts_embedding(spec) if isinstance(operation, Embedding) else _accepts_weight(operation, role, spec)
+
+
+def _conv_obstacle(conv: Conv) -> str | None:
+    if conv.transposed:
+        return "there is no integer kernel for transposed convolution"
+    if conv.groups != 1:
+        return f"the integer convolution has one group, not {conv.groups}: with few channels in each there is nothing for tensor cores"
+    if len(conv.stride) > 2 or conv.padding is None:
+        return "the integer convolution has one or two spatial axes and a fixed padding"
+    return None
 
 
 def _accepts_embedding(spec: QSpec) -> str | None:
@@ -50,7 +64,7 @@ def _accepts_x(spec: QSpec) -> str | None:
         return "no kernel quantizes rows of x in groups; per token has one"
     if spec.bits != 8 or spec.codebook is not None:
         return f"tensor cores multiply int8 and uint8 here, not {spec}; prepared for the backend 'reference' it is simulated"
-    if isinstance(spec.granularity, PerToken) or spec.axis is None:
+    if spec.axis is None or isinstance(spec.granularity, PerToken):
         return None
     return f"x has one scale, or one per row, not {spec}"
 
@@ -60,9 +74,10 @@ def _listed(numbers: tuple[int, ...]) -> str:
 
 
 PLACEMENT = Placement(
-    compute=(Linear,),
-    dynamic=(Linear,),
+    compute=(Linear, Conv),
+    dynamic=(Linear, Conv),
     weight_only=(Linear, Embedding),
     share={DataMovement: ALL},
+    absorb=frozenset({"relu", "clip"}),
     accepts=_accepts,
 )

@@ -44,7 +44,9 @@ class Profile:
     mma_float: int
     dp4a: int
 
-    def select(self, space: str, kinds: Iterable[str] = ("load", "store", "atomic"), lines: Iterable[str] | None = None) -> tuple[Place, ...]:
+    def select(
+        self, space: str, kinds: Iterable[str] = ("load", "store", "atomic"), lines: Iterable[str] | None = None
+    ) -> tuple[Place, ...]:
         """The places of `space`, of these kinds, at these lines ("file.cu:17"), as of a main loop."""
         wanted = None if lines is None else set(lines)
         return tuple(p for p in self.places if p.space == space and p.kind in kinds and (wanted is None or p.line in wanted))

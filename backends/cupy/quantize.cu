@@ -26,8 +26,9 @@
 using namespace qg;
 
 // Outputs and given parameters as in Quantization.
-QG_KERNEL __launch_bounds__(BLOCK) quantize_rows(const REAL *x, uint8_t *q, REAL *scale, uint8_t *zero, int *sums, const float *given_scale,
-                                                 const int *given_zero, int every, int rows, int k, int stride, int low, int high, int symmetric) {
+QG_KERNEL __launch_bounds__(BLOCK)
+quantize_rows(const REAL *x, uint8_t *q, REAL *scale, uint8_t *zero, int *sums, const float *given_scale, const int *given_zero, int every,
+              int rows, int k, int stride, int low, int high, int symmetric) {
   int index = blockIdx.x * (BLOCK / LANES) + threadIdx.x / LANES;
   if (index >= rows) return;   // a whole warp: rows of several warps have a block of their own
   Row row(index, k);
@@ -39,7 +40,8 @@ QG_KERNEL __launch_bounds__(BLOCK) quantize_rows(const REAL *x, uint8_t *q, REAL
 }
 
 // part [gridDim.x][2]: how far a block's share of x [count] reaches below and above 0.
-QG_KERNEL __launch_bounds__(BLOCK) tensor_range(const REAL *x, float *part, int count) {
+QG_KERNEL __launch_bounds__(BLOCK)
+tensor_range(const REAL *x, float *part, int count) {
   int whole = count / V;
   Range range;
   for (int start = blockIdx.x * BLOCK * TILE; start < whole; start += gridDim.x * BLOCK * TILE) {
@@ -54,8 +56,9 @@ QG_KERNEL __launch_bounds__(BLOCK) tensor_range(const REAL *x, float *part, int 
 }
 
 // part, parts: what tensor_range found; scale, zero: [1], written. Or part null, given_scale [1] and given_zero [1] or null.
-QG_KERNEL __launch_bounds__(BLOCK) quantize_tensor(const REAL *x, uint8_t *q, REAL *scale, uint8_t *zero, const float *part, int parts,
-                                                   const float *given_scale, const int *given_zero, int count, int low, int high, int symmetric) {
+QG_KERNEL __launch_bounds__(BLOCK)
+quantize_tensor(const REAL *x, uint8_t *q, REAL *scale, uint8_t *zero, const float *part, int parts, const float *given_scale,
+                const int *given_zero, int count, int low, int high, int symmetric) {
   int whole = count / V, start = blockIdx.x * BLOCK * TILE;
   uint4 tile[TILE];   // on its way while the range is found
   QG_UNROLL for (int i = 0, j = start + threadIdx.x; i < TILE; i++, j += BLOCK) tile[i] = j < whole ? load16(x + j * V) : uint4{};

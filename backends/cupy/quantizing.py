@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qgraph.backends.cupy.launch import TYPES, Kernel, kernel
+from qgraph.backends.cupy.launch import TYPES, Kernel
 from qgraph.backends.cupy.ops import cuda_op
 from qgraph.backends.cupy.roofline import Work
 from qgraph.backends.cupy.rows import (
@@ -44,7 +44,7 @@ PARTS = 128
 
 
 def _kernel(name: str, config: RowConfig, dtype: torch.dtype) -> Kernel:
-    return kernel("quantize.cu", name, expects=("LDG.128",), **config.defines(dtype))
+    return config.kernel("quantize.cu", name, dtype)
 
 
 KERNELS = tuple(_kernel("quantize_rows", c, t) for t in TYPES for c in CONFIGS) + tuple(

@@ -40,7 +40,8 @@ struct Row {
   int phase, end, begin, kept;
 
   QG_DEVICE Row(size_t index, int k)
-      : first(index * k / V * V), phase(int(index * k % V)), end(phase + k), begin(phase > 0), kept(max(0, min(end / V - begin, KEEP * LANES))) {}
+      : first(index * k / V * V), phase(int(index * k % V)), end(phase + k), begin(phase > 0),
+        kept(max(0, min(end / V - begin, KEEP * LANES))) {}
   QG_DEVICE Row without_vectors() const {
     Row row = *this;
     row.kept = 0;
@@ -62,7 +63,9 @@ template <class F> QG_DEVICE void each_rest(const Row &row, F f) {
 
 // --- over the THREADS of a row: every one gets the result. The second barrier lets the next reduction use the same array.
 struct Sum { template <class N> QG_DEVICE N operator()(N v) const { return warp_sum(v); } };
-struct LargestPair { QG_DEVICE float2 operator()(float2 v) const { return make_float2(warp_max(v.x), warp_max(v.y)); } };   // of numbers >= 0
+struct LargestPair {   // of numbers >= 0
+  QG_DEVICE float2 operator()(float2 v) const { return make_float2(warp_max(v.x), warp_max(v.y)); }
+};
 
 template <int THREADS, class Warp, class N> QG_DEVICE N reduce(N v, Warp warp) {
   v = warp(v);
@@ -105,8 +108,8 @@ struct Grid {
   bool ordinary;
 
   QG_DEVICE Grid(float scale, int zero, int low, int high)
-      : scale(scale), inverse(__fdiv_rn(1.f, scale)), lowest(__fmul_rn(float(low - zero), scale)), highest(__fmul_rn(float(high - zero), scale)),
-        zero(zero), low(low), high(high), ordinary(scale >= 0x1p-90f && scale <= 0x1p90f) {}
+      : scale(scale), inverse(__fdiv_rn(1.f, scale)), lowest(__fmul_rn(float(low - zero), scale)),
+        highest(__fmul_rn(float(high - zero), scale)), zero(zero), low(low), high(high), ordinary(scale >= 0x1p-90f && scale <= 0x1p90f) {}
 
   QG_DEVICE int integer(float x) const { return quantize(x, scale, float(zero), low, high); }
   QG_DEVICE uint32_t low_byte(float x) const {
@@ -144,7 +147,8 @@ struct Quantization {
 
   // The reference's dynamic_quantize: scale rounded to REAL before anything is divided by it; 1 where all is zero.
   QG_DEVICE Grid grid_of(Range r) const {
-    float s = symmetric ? __fdiv_rn(fmaxf(r.below, r.above), float((high - low) / 2)) : __fdiv_rn(__fadd_rn(r.below, r.above), float(high - low));
+    float s = symmetric ? __fdiv_rn(fmaxf(r.below, r.above), float((high - low) / 2))
+                        : __fdiv_rn(__fadd_rn(r.below, r.above), float(high - low));
     s = rounded(r.below == 0.f && r.above == 0.f ? 1.f : s);
     if (symmetric) return Grid(s, (low + high + 1) / 2, low, high);
     float exact = __fsub_rn(float(low), __fdiv_rn(-r.below, s));
@@ -160,7 +164,8 @@ struct Quantization {
 };
 
 // The last part of a row kernel: row `index` becomes integers. Its vectors are `kept`; `element(e)` is element e, of any.
-template <class Element> QG_DEVICE void quantize_row(size_t index, const Row &row, const uint4 (&kept)[KEEP], Element element, const Quantization &to) {
+template <class Element>
+QG_DEVICE void quantize_row(size_t index, const Row &row, const uint4 (&kept)[KEEP], Element element, const Quantization &to) {
   Range range;
   if (!to.given_scale) {
     each_kept(row, [&](int i, int) { range.add(kept[i]); });

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qgraph.backends.cupy.launch import TYPES
+from qgraph.backends.cupy.launch import TYPES, Kernel, kernel
 from qgraph.errors import LoweringError
 from qgraph.types import int_range, storage
 
@@ -32,8 +32,8 @@ class RowConfig:
     def blocks(self, rows: int) -> int:
         return -(-rows * self.lanes // self.block)
 
-    def defines(self, dtype: torch.dtype) -> dict[str, str | int]:
-        return {"REAL": TYPES[dtype], "LANES": self.lanes, "KEEP": self.keep}
+    def kernel(self, file: str, name: str, dtype: torch.dtype) -> Kernel:
+        return kernel(file, name, expects=("LDG.128",), REAL=TYPES[dtype], LANES=self.lanes, KEEP=self.keep)
 
 
 CONFIGS = (RowConfig(32, 4), RowConfig(256, 4), RowConfig(512, 8))

@@ -93,6 +93,4 @@ def whole(path: Path) -> bool:
 
 def source(name: str, folder: Path = HERE) -> str:
     """A .cu file followed by everything that it could include: what the key of a compiled file is made of."""
-    parts = [(folder / name).read_text()]
-    parts += [p.read_text() for p in sorted(HERE.glob("*.cuh")) + sorted((HERE / "emulator").glob("*.h"))]
-    return "\n".join(parts)
+    return "\n".join([(folder / name).read_text(), *(p.read_text() for p in sorted(HERE.glob("*.cuh")))])

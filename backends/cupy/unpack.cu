@@ -5,8 +5,8 @@
 //
 // Ladder. 1. A thread a byte: accesses of 1 and 2 bytes. 2. (this) 8 and 16 bytes, adjacent lanes adjacent.
 //
-// packed [rows, stride bytes], out [rows, k]. Signed integers (is_signed) are widened with their sign. Whole accesses where k is a multiple of
-// 16 and stride of 8, else a thread an integer. Block (i, t): tile t of row i.
+// packed [rows, stride bytes], out [rows, k]. Signed integers (is_signed) are widened with their sign. Whole accesses where k is a multiple
+// of 16 and stride of 8, else a thread an integer. Block (i, t): tile t of row i.
 #include "qg.cuh"
 
 using namespace qg;
@@ -24,9 +24,12 @@ QG_KERNEL __launch_bounds__(256) unpack(const uint8_t *packed, uint8_t *out, int
   if (k % 16 == 0 && stride % 8 == 0) {
     if (column >= k) return;
     uint2 w = load8(packed + column / 2);
-    store16(out + column, make_uint4(spread(w.x & 0xffff, is_signed), spread(w.x >> 16, is_signed), spread(w.y & 0xffff, is_signed), spread(w.y >> 16, is_signed)));
+    uint2 low = make_uint2(spread(w.x & 0xffff, is_signed), spread(w.x >> 16, is_signed));
+    uint2 high = make_uint2(spread(w.y & 0xffff, is_signed), spread(w.y >> 16, is_signed));
+    store16(out + column, make_uint4(low.x, low.y, high.x, high.y));
     return;
   }
 #pragma unroll 1
-  for (int c = tile + threadIdx.x; c < min(tile + int(blockDim.x) * 16, k); c += blockDim.x) out[c] = uint8_t(spread(packed[c / 2] >> 4 * (c & 1) & 15, is_signed));
+  for (int c = tile + threadIdx.x; c < min(tile + int(blockDim.x) * 16, k); c += blockDim.x)
+    out[c] = uint8_t(spread(packed[c / 2] >> 4 * (c & 1) & 15, is_signed));
 }

@@ -47,7 +47,9 @@ struct Finish {
   QG_DEVICE Row row(int m) const {
     const int s = is(SCALE_PER_TOKEN) ? m : 0, type = how & X_SCALE_TYPE;
     Row r;
-    r.scale = type == HALF ? to_float(((const __half *)x_scale)[s]) : type == BFLOAT ? to_float(((const __nv_bfloat16 *)x_scale)[s]) : ((const float *)x_scale)[s];
+    if (type == HALF) r.scale = to_float(((const __half *)x_scale)[s]);
+    else if (type == BFLOAT) r.scale = to_float(((const __nv_bfloat16 *)x_scale)[s]);
+    else r.scale = ((const float *)x_scale)[s];
     r.zero = x_zero != nullptr ? byte_at(x_zero, is(ZERO_PER_TOKEN) ? m : 0, is(X_UNSIGNED)) : 0;
     r.sum = w_zero != nullptr ? row_sum[m] : 0;
     return r;
@@ -68,7 +70,8 @@ struct Finish {
   }
   QG_DEVICE Columns<1> column(int n) const {
     const int b = bias != nullptr ? bias[n] : (int)MINUS_ZERO;
-    return {{w_scale[n]}, {w_sum[n]}, {w_zero != nullptr ? w_zero[n] : 0}, {is(BIAS_INT32) ? b : 0}, {is(BIAS_INT32) ? -0.f : bits<float>(b)}};
+    const int zero = w_zero != nullptr ? w_zero[n] : 0;
+    return {{w_scale[n]}, {w_sum[n]}, {zero}, {is(BIAS_INT32) ? b : 0}, {is(BIAS_INT32) ? -0.f : bits<float>(b)}};
   }
 };
 
@@ -94,8 +97,9 @@ template <> struct Result<uint8_t> {
   int type;          // that values are rounded to before they are quantized
   bool one_factor;   // case 2: what the sum is multiplied with is s / y_scale
   QG_DEVICE explicit Result(const Finish &f)
-      : before(f), y_scale(*f.y_scale), zero(f.y_zero != nullptr ? (float)byte_at(f.y_zero, 0, f.is(Y_UNSIGNED)) : 0.f), low((float)f.low), high((float)f.high),
-        type(f.is(RELU) ? f.y_type() : FLOAT), one_factor((f.bias == nullptr || f.is(BIAS_INT32)) && !f.is(RELU)) {}
+      : before(f), y_scale(*f.y_scale), zero(f.y_zero != nullptr ? (float)byte_at(f.y_zero, 0, f.is(Y_UNSIGNED)) : 0.f),
+        low((float)f.low), high((float)f.high), type(f.is(RELU) ? f.y_type() : FLOAT),
+        one_factor((f.bias == nullptr || f.is(BIAS_INT32)) && !f.is(RELU)) {}
   QG_DEVICE float factor(float s) const { return one_factor ? __fdiv_rn(s, y_scale) : s; }
   QG_DEVICE uint8_t of(int acc, float factor, float bias) const {
     float y = round_as(type, before.real(acc, factor, bias));

@@ -2,8 +2,8 @@
 
 torch.ops.qgraph_cuda.w8a8_linear   runs w8a8_gemm.cu (tensor cores) or w8a8_dp4a.cu (M <= 8, and devices older than sm_80).
 
-`pack` stores the weight for them, once: rows padded with zeros to whole 16 bytes, sums of its centred rows, parameters of the columns padded
-to whole vectors. Rows of x that are no whole vectors are copied into padded ones at each call.
+`pack` stores the weight for them, once: rows padded with zeros to whole 16 bytes, sums of its centred rows, parameters of the columns
+padded to whole vectors. Rows of x that are no whole vectors are copied into padded ones at each call.
 """
 
 from __future__ import annotations
@@ -230,9 +230,9 @@ def w8a8_linear(
 ) -> Tensor:
     """quantized_linear(x, ...), then relu if asked, then quantize if there is a y_dtype.
 
-    weight, w_scale, w_sum, w_zero_point: of `pack`; bias: of `pack_bias`; dtype: the float type of the result where y_dtype does not make it
-    integers (the scale's, before it was packed). x_scale (float32, float16 or bfloat16) and x_zero_point: one, or one for each row. x_sum: the
-    row sums of x, int32, which weights with zero points need; computed here where they are not given.
+    weight, w_scale, w_sum, w_zero_point: of `pack`; bias: of `pack_bias`; dtype: the float type of the result where y_dtype does not make
+    it integers (the scale's, before it was packed). x_scale (float32, float16 or bfloat16) and x_zero_point: one, or one for each row.
+    x_sum: the row sums of x, int32, which weights with zero points need; computed here where they are not given.
     Raises LoweringError for what no kernel does."""
     k = x.shape[-1]
     if x.dtype not in (torch.int8, torch.uint8) or weight.shape[1] != padded(k) or dtype not in REAL:
@@ -339,7 +339,6 @@ def finish(
         raise LoweringError(f"x has one scale and zero point or one for each of {m} rows, not {scales} scales and {zeros} zero points")
     if x_scale.dtype not in REAL:
         raise LoweringError(f"no kernel reads scales of {x_scale.dtype}")
-    requantized = y_dtype is not None
     low, high = int_range(y_dtype) if y_dtype is not None else (0, 0)
     bits = (
         scales > 1,
@@ -347,11 +346,14 @@ def finish(
         x.dtype == torch.uint8,
         bias is not None and not bias.is_floating_point(),
         relu,
-        requantized and low == 0,
+        y_dtype is not None and low == 0,
     )
     how = REAL.index(x_scale.dtype) + sum(1 << 2 + i for i, b in enumerate(bits) if b) + (REAL.index(dtype) << 8)
-    scale = y_scale.to(torch.float32) if y_scale is not None and requantized else None
-    return x_scale, x_zero_point, w_scale, w_sum, w_zero_point, x_sum, bias, scale, y_zero_point, how, low, high
+    x_zero = None if x_zero_point is None else x_zero_point.to(x.dtype).contiguous()
+    y_zero = None if y_zero_point is None or y_dtype is None else y_zero_point.to(storage(y_dtype))
+    scale = None if y_scale is None or y_dtype is None else y_scale.to(torch.float32)
+    sums = None if x_sum is None else x_sum.contiguous()
+    return x_scale.contiguous(), x_zero, w_scale, w_sum, w_zero_point, sums, bias, scale, y_zero, how, low, high
 
 
 def device_of(device: torch.device) -> tuple[int, int]:

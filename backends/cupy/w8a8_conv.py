@@ -3,8 +3,8 @@ group, bit for bit qgraph.reference.quantized_conv.
 
 torch.ops.qgraph_cuda.w8a8_conv   runs w8a8_gemm.cu (CONV) on the image with channels last: no matrix of windows is made.
 
-The image is copied where it is padded (with x's zero point), where its channels are not a multiple of 16, or do not come last in memory. The
-result has its channels last, so that convolutions that follow each other are not turned.
+The image is copied where it is padded (with x's zero point), where its channels are not a multiple of 16, or do not come last in memory.
+The result has its channels last, so that convolutions that follow each other are not turned.
 """
 
 from __future__ import annotations

@@ -41,7 +41,8 @@ QG_DEVICE int reduce(int (&sums)[SUMS], int lane) {
 }
 
 // The products of one staged chunk: `bytes` of it exist.
-template <bool UNSIGNED> QG_DEVICE void multiply(int (&sums)[SUMS], const unsigned char *staged, const unsigned char *const (&w)[OUTPUTS], int bytes, int lane) {
+template <bool UNSIGNED>
+QG_DEVICE void multiply(int (&sums)[SUMS], const unsigned char *staged, const unsigned char *const (&w)[OUTPUTS], int bytes, int lane) {
 #pragma unroll 2
   for (int k = 16 * lane; k < bytes; k += 512) {
     uint4 weights[OUTPUTS];
@@ -66,7 +67,8 @@ template <class Out> QG_DEVICE Out result(const Finish &f, int sum, int m, int n
   return result.of(corrected(sum, row, c, 0), result.factor(__fmul_rn(row.scale, c.scale[0])), c.bias[0]);
 }
 
-QG_KERNEL __launch_bounds__(THREADS, 2) w8a8_dp4a(void *y, const unsigned char *x, const unsigned char *w, int M, int N, int K, W8A8_FINISH) {
+QG_KERNEL __launch_bounds__(THREADS, 2) w8a8_dp4a(void *y, const unsigned char *x, const unsigned char *w, int M, int N, int K,
+                                                        W8A8_FINISH) {
   __shared__ __align__(16) unsigned char staged[ROWS * CHUNK];
   const Finish f W8A8_FINISH_GIVEN;
   const int lane = threadIdx.x % 32, n0 = (blockIdx.x * WARPS + threadIdx.x / 32) * OUTPUTS, m0 = blockIdx.y * ROWS;

@@ -14,14 +14,14 @@
 //      stage 0    stage 1   (ring of STAGES in shared memory)
 //
 // Ladder: 1. one thread an output, bytes from global memory: each byte is read 2N or 2M times.  2. Tiles in shared memory: 128x less
-// traffic.  3. mma m16n8k32 instead of dp4a: 8x the products an instruction.  4. ldmatrix instead of 4-byte loads: a fragment of A in
-// one instruction.  5. Chunks of 16 bytes swizzled, so that the 8 rows of an ldmatrix phase lie in 8 different bank groups (no padding
-// needed, which cp.async's 16-byte alignment would double).  6. cp.async into a ring of STAGES: the copy of tile t + STAGES - 1 runs
-// behind the products of tile t, with one barrier a tile.  7. 64x64 warp tiles: 4096 bytes of shared memory read for 131,072 products,
-// half of what the tensor cores of sm_80 could starve on.  8. Split K where the tiles are fewer than the multiprocessors: partial sums
-// go to a workspace in fragment order (16 bytes a lane, coalesced), and the block that comes last adds them. Integers add up to the same in
-// any order.  9. The epilogue turns fragments into rows through shared memory, a warp on its own: a lane then keeps four
-// columns, whose parameters it loads once, and neighbouring lanes store neighbouring 4, 8 or 16 bytes.
+// traffic.  3. mma m16n8k32 instead of dp4a: 8x the products an instruction.  4. ldmatrix instead of 4-byte loads: a fragment of A in one
+// instruction.  5. Chunks of 16 bytes swizzled, so that the 8 rows of an ldmatrix phase lie in 8 different bank groups (no padding needed,
+// which cp.async's 16-byte alignment would double).  6. cp.async into a ring of STAGES: the copy of tile t + STAGES - 1 runs behind the
+// products of tile t, with one barrier a tile.  7. 64x64 warp tiles: 4096 bytes of shared memory are read for 131,072 products, 32 cycles
+// of an sm_80 against 64 of its tensor cores (32x32 tiles would need as many as these).  8. K is split where tiles are fewer than
+// multiprocessors: partial sums go to a workspace in fragment order (16 bytes a lane, coalesced), and the block that comes last adds them;
+// integers add up to the same in any order.  9. The epilogue turns fragments into rows through shared memory, each warp on its own: a lane
+// then keeps four columns, whose parameters it loads once, and neighbouring lanes store neighbouring 4, 8 or 16 bytes.
 //
 // CONV: a convolution without an im2col in memory. X is then an image [B, H, W, C], already padded, C a multiple of 16; row m of the matrix
 // is what the kernel's window sees from result m = (b, h, w), its K = (tap down, tap right, c), as in W. A chunk of 16 bytes lies in
@@ -41,14 +41,14 @@ constexpr int LANES = WARP_N / 4;                  // lanes to an output row
 static_assert(CHUNKS == 4 || CHUNKS == 8, "the swizzle knows rows of 64 and 128 bytes");
 static_assert(COPIED_ROWS % 8 == 0 && TILE_M % COPIED_ROWS == 0 && TILE_N % COPIED_ROWS == 0, "every thread copies as many chunks");
 static_assert(WARP_M % 16 == 0 && (WARP_N == 32 || WARP_N == 64), "whole fragments; the epilogue's stride");
-static_assert(TILE_M <= THREADS, "a thread keeps the parameters of one row");
+static_assert(TILE_M <= THREADS, "a thread reads the parameters of one row");
 static_assert(WARPS_M * WARPS_N * 16 * STRIDE * 4 + TILE_M * 12 <= STAGES * STAGE, "the epilogue reuses the ring");
 
 using Sums = int[FRAGMENTS_M][FRAGMENTS_N][4];
 
 #if CONV
-// Distances in pixels: `pixels` results and `image` pixels to an image, `width` results to a row; from a result to the next one below and to
-// the right; from a tap to the next one below and, of `taps` in a row, to the right.
+// `pixels` results and `image` pixels to an image, `width` results to a row. Distances in pixels: `down` and `right` from a result to the
+// next one, `tap_down` and `tap_right` from a tap to the next one, of `taps` in a row.
 #define X_WINDOW , int channels, int pixels, int image, int width, int down, int right, int taps, int tap_down, int tap_right
 #else
 #define X_WINDOW
@@ -102,7 +102,8 @@ QG_DEVICE bool sum_of_splits(Sums &sums, int *partial, int *arrived, int *before
 }
 
 // Four results of one row, from column n on.
-QG_DEVICE void finish_four(OUT *y, const Result<OUT> &result, uint4 sums, const Row &row, const Columns<4> &c, const float (&factor)[4], int n, int N) {
+QG_DEVICE void finish_four(OUT *y, const Result<OUT> &result, uint4 sums, const Row &row, const Columns<4> &c, const float (&factor)[4],
+                           int n, int N) {
   const int acc[4] = {(int)sums.x, (int)sums.y, (int)sums.z, (int)sums.w};
   OUT v[4];
   QG_UNROLL for (int i = 0; i < 4; i++) v[i] = result.of(corrected(acc[i], row, c, i), factor[i], c.bias[i]);
@@ -110,13 +111,12 @@ QG_DEVICE void finish_four(OUT *y, const Result<OUT> &result, uint4 sums, const 
   else QG_UNROLL for (int i = 0; i < 4; i++) if (n + i < N) y[i] = v[i];
 }
 
-QG_KERNEL __launch_bounds__(THREADS, BLOCKS) w8a8_gemm(OUT *y, const unsigned char *x, const unsigned char *w, int M, int N, int K, int tiles_of_split,
-                                                     int *partial, int *arrived X_WINDOW, W8A8_FINISH) {
+QG_KERNEL __launch_bounds__(THREADS, BLOCKS) w8a8_gemm(OUT *y, const unsigned char *x, const unsigned char *w, int M, int N, int K,
+                                                       int tiles_of_split, int *partial, int *arrived X_WINDOW, W8A8_FINISH) {
   QG_DYNAMIC_SHARED(shared);
   const Finish f W8A8_FINISH_GIVEN;
   const int thread = threadIdx.x, lane = thread % 32, warp_m = thread / 32 / WARPS_N, warp_n = thread / 32 % WARPS_N;
   const int m0 = blockIdx.x * TILE_M, n0 = blockIdx.y * TILE_N;
-
   const int first = blockIdx.z * tiles_of_split, tiles = min(tiles_of_split, (K + TILE_K - 1) / TILE_K - first);
 
   // Copies: this thread's chunk of rows copied, copied + COPIED_ROWS, ... Rows and chunks that do not exist become zeros.
@@ -139,7 +139,8 @@ QG_KERNEL __launch_bounds__(THREADS, BLOCKS) w8a8_gemm(OUT *y, const unsigned ch
     const bool inside = tile * TILE_K + chunk < K;
 #if CONV
     const unsigned char *a = x + ((size_t)(tap_y * tap_down + tap_x * tap_right) * channels + channel);
-    QG_UNROLL for (int i = 0, r = 0; r < TILE_M; i++, r += COPIED_ROWS) copy16_async(to + r * TILE_K, a + (size_t)places[i] * 16, inside && m0 + copied + r < M);
+    QG_UNROLL for (int i = 0, r = 0; r < TILE_M; i++, r += COPIED_ROWS)
+      copy16_async(to + r * TILE_K, a + (size_t)places[i] * 16, inside && m0 + copied + r < M);
     for (channel += TILE_K; channel >= channels; channel -= channels)
       if (++tap_x == taps) tap_x = 0, tap_y++;
 #else
@@ -147,7 +148,8 @@ QG_KERNEL __launch_bounds__(THREADS, BLOCKS) w8a8_gemm(OUT *y, const unsigned ch
     QG_UNROLL for (int r = 0; r < TILE_M; r += COPIED_ROWS, a += step) copy16_async(to + r * TILE_K, a, inside && m0 + copied + r < M);
 #endif
     const unsigned char *b = from_b + (size_t)tile * TILE_K;
-    QG_UNROLL for (int r = 0; r < TILE_N; r += COPIED_ROWS, b += step) copy16_async(to + A_BYTES + r * TILE_K, b, inside && n0 + copied + r < N);
+    QG_UNROLL for (int r = 0; r < TILE_N; r += COPIED_ROWS, b += step)
+      copy16_async(to + A_BYTES + r * TILE_K, b, inside && n0 + copied + r < N);
   };
 
   // Fragments: matrix lane / 8 of an ldmatrix4. A: rows +0, +8, then k + 16. B: k + 16 first, then rows + 8, for two fragments at once.
@@ -184,7 +186,8 @@ QG_KERNEL __launch_bounds__(THREADS, BLOCKS) w8a8_gemm(OUT *y, const unsigned ch
   Columns<4> c = {};
   if (n < N) c = f.columns4(n);
   float factor[4];
-  QG_UNROLL for (int i = 0; i < 4; i++) factor[i] = result.factor(__fmul_rn(rows[0].scale, c.scale[i]));   // of every row where x has one scale
+  // Of every row, where x has one scale.
+  QG_UNROLL for (int i = 0; i < 4; i++) factor[i] = result.factor(__fmul_rn(rows[0].scale, c.scale[i]));
   QG_UNROLL for (int i = 0; i < FRAGMENTS_M; i++) {
     QG_UNROLL for (int j = 0; j < FRAGMENTS_N; j++) {
       int *to = staged + lane / 4 * STRIDE + 8 * j + lane % 4 * 2;

@@ -18,9 +18,9 @@
 //
 // Ladder: 1. dequantize to half in memory, then a half GEMM: 8 times the bytes at 4 bits.  2. Decode in the kernel, to shared memory: the
 // weight passes it three times.  3. The fragment-ordered layout: a lane reads 16 bytes that are its fragments of four steps, decodes them
-// in registers, and hands them to mma; neither ldmatrix nor shuffles, no bank conflicts.  4. lop3 with magic numbers: (code | 0x6400) is the
-// half 1024 + code, (code << 4 | 0x6400) is 1024 + 16 code: 13 instructions for 8 weights. bfloat16 has bits for 128 + code only, and too
-// few for a scale: 20.
+// in registers, and hands them to mma; neither ldmatrix nor shuffles, no bank conflicts.  4. lop3 with magic numbers: (code | 0x6400) is
+// the half 1024 + code, (code << 4 | 0x6400) is 1024 + 16 code: 13 instructions for 8 weights. bfloat16 has bits for 128 + code only, and
+// too few for a scale: 20.
 // 5. x by cp.async, in chunks of 16 bytes swizzled by row, and ldmatrix: no bank conflicts.  6. cp.async into a ring of STAGES with one
 // barrier a stage; scales and zero points of a group come with the first stage that needs them, in a ring of their own.
 // 7. Split K where the tiles are fewer than the multiprocessors: sums of floats in a fixed order, by a second kernel.
@@ -182,8 +182,8 @@ template <class Short> QG_DEVICE void put(Short *p, float first, float second) {
 // per_group: 32s of inputs that share a scale; squares: of a split.
 QG_KERNEL __launch_bounds__(THREADS, BLOCKS) weight_gemm(
     const REAL *__restrict__ x, const unsigned char *__restrict__ packed, const SCALE *__restrict__ ratio,
-    const uint8_t *__restrict__ zeros, const float *__restrict__ row, const float *__restrict__ bias, OUT *__restrict__ y, float *__restrict__ partial,
-    int m, int n, int k, int per_group, int zero, int squares) {
+    const uint8_t *__restrict__ zeros, const float *__restrict__ row, const float *__restrict__ bias, OUT *__restrict__ y,
+    float *__restrict__ partial, int m, int n, int k, int per_group, int zero, int squares) {
   QG_DYNAMIC_SHARED(shared);
   const Ring ring{shared, shared + STAGES * STAGE, shared + STAGES * STAGE + GROUPS * RATIO_BYTES};
   const int all_squares = (k + 63) / 64, begin = blockIdx.z * squares, end = min(begin + squares, all_squares);

@@ -66,9 +66,11 @@ def _by_bytes(o: Emitter, table: Tensor, q: Tensor, bits: int, scale: Tensor | N
 
 def _by_table(o: Emitter, table: Tensor, q: Tensor, bits: int, axis: int, like: Node | None) -> Node:
     """Row i of the table read by what lies at index i of the axis."""
-    moved = q.movedim(axis, 0)
-    y = o("GatherElements", _stored(o, table, "table"), _indices(o, moved.flatten(1), bits), dtype="float32", since=11, axis=1)
-    y = o("Reshape", y, o.const(torch.tensor(moved.shape), "shape"), dtype="float32", like=None if axis else like, since=5)
+    moved, first = q.movedim(axis, 0), None if axis else like
+    flat = moved.dim() == 2
+    levels, codes = _stored(o, table, "table"), _indices(o, moved.flatten(1), bits)
+    y = o("GatherElements", levels, codes, dtype="float32", like=first if flat else None, since=11, axis=1)
+    y = y if flat else o("Reshape", y, o.const(torch.tensor(moved.shape), "shape"), dtype="float32", like=first, since=5)
     return o("Transpose", y, dtype="float32", like=like, perm=[*range(1, axis + 1), 0, *range(axis + 1, q.dim())]) if axis else y
 
 

@@ -36,8 +36,12 @@ MODELS = {
     "135M": ((960, 576), (576, 576), (3072, 576), (576, 1536)),
 }
 """N, K of a decoder's linears: queries with keys and values, output, gate with up, down."""
+WIDTH = 4096
+"""Of a row that becomes integers."""
 CACHES = ((1, 1024), (1, 8192), (16, 1024), (16, 8192))
-"""Sequences, tokens; 32 heads of 128 that share 8 heads of the cache."""
+"""Sequences, tokens."""
+HEADS = (32, 8, 128)
+"""Of queries, of the cache, and their size."""
 
 LINEARS: dict[str, Callable[[torch.device, int, int, int], Case]] = {
     "w8a8": cases.integer_linear,
@@ -134,7 +138,7 @@ class Bench:
     def _rows(self, rows: Sequence[int]) -> Iterator[Callable[[], Iterator[Timing]]]:
         for name, make in ROW_KERNELS.items():
             for m in rows:
-                yield lambda name=name, make=make, m=m: iter([self._timed(name, f"{m} x 4096", make(self.device, m, 4096))])  # type: ignore[misc]
+                yield lambda name=name, make=make, m=m: iter([self._timed(name, f"{m} x {WIDTH}", make(self.device, m, WIDTH))])  # type: ignore[misc]
 
     def _caches(self) -> Iterator[Callable[[], Iterator[Timing]]]:
         for batch, tokens in CACHES:
@@ -142,10 +146,10 @@ class Bench:
                 yield lambda batch=batch, tokens=tokens, bits=bits: self._attention(batch, tokens, bits)  # type: ignore[misc]
 
     def _attention(self, batch: int, tokens: int, bits: int) -> Iterator[Timing]:
-        random = cases.Random(self.device)
-        q, k = random.normal(batch, 32, 1, 128), random.normal(batch, 8, tokens, 128)
+        random, (heads, kv_heads, size) = cases.Random(self.device), HEADS
+        q, k = random.normal(batch, heads, 1, size), random.normal(batch, kv_heads, tokens, size)
         half = self.timer(lambda: F.scaled_dot_product_attention(q, k, k, enable_gqa=True))
-        case = cases.cached_attention(self.device, batch, 32, 8, 128, tokens, bits=bits)
+        case = cases.cached_attention(self.device, batch, *HEADS, tokens, bits=bits)
         yield self._timed(f"append + attend, {bits} bits", f"{batch} x {tokens} tokens", case, half)
 
     def _timed(self, name: str, shape: str, case: Case, half: float | None = None, integer: float | None = None) -> Timing:

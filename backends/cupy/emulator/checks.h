@@ -68,32 +68,38 @@ static void shared_access(const Array &array, uintptr_t at, unsigned bytes, Acce
   for (unsigned i = 0; i < bytes; i++) {
     Conflict c = kind == READ ? shadow.read(bytes_there[i], thread, offset(pc)) : shadow.write(bytes_there[i], thread, offset(pc), how);
     if (!c.what) continue;
-    char what[320], other[128] = "", who[40];
-    if (c.what == Shadow::RACE) {
-      coordinates(who, c.other.thread);
-      snprintf(other, sizeof other, " and an access by %s at {%p}, nothing orders them", who, code(c.other.pc));
-    }
-    snprintf(what, sizeof what, "%s: %s of byte %zu of %s%s", c.what, named(kind), (size_t)(at + i - array.at), array.name, other);
+    char what[320], who[40];
+    const char *kind_of = named(kind);
+    coordinates(who, c.other.thread);
+    if (c.what == Shadow::RACE)
+      snprintf(what, sizeof what, "a race on byte %zu of %s: nothing orders %s and an access by %s at {%p}", (size_t)(at + i - array.at), array.name, kind_of, who, code(c.other.pc));
+    else snprintf(what, sizeof what, "%s of byte %zu of %s, %s", kind_of, (size_t)(at + i - array.at), array.name, c.what);
     report(what, pc);
+  }
+}
+// Blocks run in any order, so one must not read or write what another writes, unless by atomics or behind one.
+static void between_blocks(Tensor &tensor, size_t from, unsigned bytes, Access kind, const void *pc) {
+  uint32_t block = B.id.x + B.grid.x * (B.id.y + B.grid.y * B.id.z) + 1;
+  auto &writer = tensor.touched.writer, &reader = tensor.touched.reader, &mine = kind == READ ? reader : writer;
+  if (mine.empty()) mine.resize(tensor.bytes);
+  auto other = [block](const std::vector<uint32_t> &by, size_t i) { return !by.empty() && by[i] && by[i] != block; };
+  for (size_t i = from; i < from + bytes; i++) {
+    const char *does = other(writer, i) ? "writes" : kind == WRITE && other(reader, i) ? "reads" : nullptr;
+    if (does && !block_used_atomics) {
+      char what[160];
+      snprintf(what, sizeof what, "%s of byte %zu of argument %d, which another block %s: nothing orders blocks", named(kind), i, tensor.argument, does);
+      report(what, pc);
+    }
+    mine[i] = kind == READ && other(reader, i) ? Touched::SEVERAL : block;
   }
 }
 static void global_access(Tensor &tensor, uintptr_t at, unsigned bytes, Access kind, const void *pc) {
   size_t from = at - tensor.at;
   Touched &touched = tensor.touched;
   if (kind != WRITE) touched.mark(touched.read, tensor.bytes, from, bytes);
-  if (kind == READ) return;
-  touched.mark(touched.written, tensor.bytes, from, bytes);
-  if (kind == ATOMIC) { block_used_atomics = true; return; }
-  uint32_t block = B.id.x + B.grid.x * (B.id.y + B.grid.y * B.id.z) + 1;
-  if (touched.writer.empty()) touched.writer.resize(tensor.bytes);
-  for (size_t i = from; i < from + bytes; i++) {
-    uint32_t before = touched.writer[i];
-    touched.writer[i] = block;
-    if (!before || before == block || block_used_atomics) continue;
-    char what[160];
-    snprintf(what, sizeof what, "two blocks (the other has the number %u) write byte %zu of argument %d without atomics", before - 1, i, tensor.argument);
-    report(what, pc);
-  }
+  if (kind != READ) touched.mark(touched.written, tensor.bytes, from, bytes);
+  if (kind == ATOMIC) block_used_atomics = true;
+  else between_blocks(tensor, from, bytes, kind, pc);
 }
 
 // A piece of memory that has [at, at + bytes) whole, or null.
@@ -117,7 +123,7 @@ static void judge(uintptr_t at, unsigned bytes, Access kind, const void *pc, boo
     return;
   }
   if (at % bytes) {
-    char what[80];
+    char what[160];
     snprintf(what, sizeof what, "misaligned: %s of %u bytes at an address that is %u more than a multiple of %u", named(kind), bytes, unsigned(at % bytes), bytes);
     report(what, pc);
   }
@@ -189,7 +195,8 @@ void __tsan_vptr_update(void **, void *) {}
 void __tsan_vptr_read(void **) {}
 void __tsan_init() {}
 void __tsan_func_entry(void *) {
-  if (emu::B.now && (uintptr_t)__builtin_frame_address(0) - (uintptr_t)emu::B.now->stack < 3 * 4096) emu::fail("a thread's local variables take more than %zu bytes", emu::STACK - 3 * 4096);
+  uintptr_t here = (uintptr_t)__builtin_frame_address(0);
+  if (emu::B.now && (uintptr_t)emu::B.now->stack + emu::STACK - here > emu::STACK / 2) emu::fail("a thread's local variables take more than %zu bytes", emu::STACK / 2);
 }
 void __tsan_func_exit() {}
 }

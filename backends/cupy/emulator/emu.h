@@ -47,7 +47,7 @@
   extern "C" QG_PUBLIC int emu_launch_##kernel(const unsigned *dims, unsigned shared, void **args) { return emu::launch(kernel, dims, shared, args); }
 
 namespace emu {
-constexpr size_t STACK = 64 << 10;
+constexpr size_t STACK = 128 << 10;
 constexpr unsigned THREADS = 1024, WARPS = THREADS / 32;
 constexpr unsigned DYNAMIC_SHARED = 227 << 10;  // the most that a block of sm_90 can have
 enum State : uint8_t { RUNNING, AT_BARRIER, AT_COLLECTIVE, DONE };

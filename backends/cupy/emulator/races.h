@@ -9,7 +9,7 @@ namespace emu {
 enum Written : uint8_t { NOT, PLAIN, BY_ATOMIC, IN_FLIGHT };   // IN_FLIGHT: by a cp.async that its thread has not waited for
 constexpr uint8_t MANY = 255;
 struct Touch { uint32_t epoch, clock, pc; uint16_t thread; };
-struct Byte { Touch write, read; uint32_t lanes; Written how; uint8_t warp; };   // lanes of `warp` that read, or of MANY warps
+struct Byte { Touch write, read; uint32_t lanes; uint16_t also; Written how; uint8_t warp; };   // lanes of `warp` that read, or of MANY; also: one before `read`
 
 struct Conflict { const char *what; Touch other; };   // what: null if there is none
 
@@ -30,19 +30,22 @@ class Shadow {
   }
 
   Conflict read(Byte &c, unsigned thread, uint32_t pc) {
-    if (c.write.epoch < first) return {"a read of shared memory that nothing in this block has written", {}};
-    if (c.how == IN_FLIGHT) return {c.write.thread == thread ? "a read of what cp.async brings, before the wait for it" : RACE, c.write};
+    if (c.write.epoch < first) return {UNWRITTEN, {}};
+    if (c.how == IN_FLIGHT) return {c.write.thread == thread ? EARLY : RACE, c.write};
     if (unordered(c.write, thread)) return {RACE, c.write};
     note_read(c, thread, pc);
     return {};
   }
   Conflict write(Byte &c, unsigned thread, uint32_t pc, Written how) {
-    if (how == BY_ATOMIC && c.write.epoch < first) return {"an atomic on shared memory that nothing in this block has written", {}};
+    if (how == BY_ATOMIC && c.write.epoch < first) return {UNWRITTEN, {}};
     if (c.write.epoch >= first) {
-      if (c.how == IN_FLIGHT) return {c.write.thread == thread ? "a write over what cp.async brings, before the wait for it" : RACE, c.write};
+      if (c.how == IN_FLIGHT) return {c.write.thread == thread ? EARLY : RACE, c.write};
       if (!(how == BY_ATOMIC && c.how == BY_ATOMIC) && unordered(c.write, thread)) return {RACE, c.write};
     }
-    if (c.read.epoch == epoch && unordered_readers(c, thread)) return {RACE, c.read};
+    if (c.read.epoch == epoch && unordered_readers(c, thread)) {
+      if (c.read.thread == thread) c.read.thread = c.also;
+      return {RACE, c.read};
+    }
     c.write = {epoch, clock[thread / 32], pc, (uint16_t)thread};
     c.how = how;
     c.read.epoch = 0;
@@ -50,7 +53,7 @@ class Shadow {
   }
   void arrived(Byte &c, unsigned thread) { c.write.epoch = epoch; c.write.clock = clock[thread / 32]; c.how = PLAIN; }
 
-  static constexpr const char *RACE = "a race in shared memory";
+  static constexpr const char *RACE = "a race", *UNWRITTEN = "which nothing in this block has written", *EARLY = "which cp.async brings, before the wait for it";
 
  private:
   uint32_t epoch = 1, first = 1, clock[WARPS], seen[WARPS][32][32];
@@ -70,6 +73,7 @@ class Shadow {
     if (c.read.epoch != epoch || !unordered_readers(c, thread)) { c.lanes = 1u << thread % 32; c.warp = warp; }
     else if (c.warp == warp) c.lanes |= 1u << thread % 32;
     else c.warp = MANY;
+    if (c.read.thread != thread) c.also = c.read.thread;
     c.read = {epoch, clock[warp], pc, (uint16_t)thread};
   }
 };

@@ -102,10 +102,11 @@ class Traffic {
   }
 };
 
-// Which bytes of a tensor were read and written, by the block that wrote them.
+// Which bytes of a tensor were read and written, and by which block.
 struct Touched {
   std::vector<uint64_t> read, written;
-  std::vector<uint32_t> writer;   // block + 1
+  static constexpr uint32_t SEVERAL = ~0u;
+  std::vector<uint32_t> writer, reader;   // of each byte: its block + 1, or several
   void mark(std::vector<uint64_t> &bits, size_t bytes, size_t from, size_t n) {
     if (bits.empty()) bits.resize(bytes / 64 + 1);
     for (size_t b = from; b < from + n;) {

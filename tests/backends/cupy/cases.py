@@ -173,18 +173,18 @@ def cached_attention(device: torch.device, batch: int, heads: int, kv_heads: int
     cache = kv_cache.QuantizedCache.allocate(batch, kv_heads, head_dim, capacity=tokens, bits=bits, device=device)  # type: ignore[arg-type]
     before, v = Random(device, 1).normal(batch, tokens - 1, kv_heads, head_dim), random.normal(batch, 1, kv_heads, head_dim)
     q = Random(device, 2).normal(batch, 1, heads, head_dim)
-    K.kv_append(before, before, cache.codes, cache.params, cache.lengths, bits, False)
-    cache.lengths.fill_(tokens - 1)
+    cache.append(before, before)
+    kv_cache.advance([cache], tokens - 1)
 
     def op(k: Tensor) -> Any:
-        K.kv_append(k, v, cache.codes, cache.params, cache.lengths, bits, False)
-        return K.kv_attention(q, cache.codes, cache.params, cache.lengths, head_dim**-0.5, bits, 1)
+        cache.append(k, v)
+        return cache.attend(q)
 
     def expected(k: Tensor) -> Any:
         codes, params, lengths = (t.cpu().clone() for t in (cache.codes, cache.params, cache.lengths))
         kv_reference.append(before.cpu(), before.cpu(), codes, params, torch.zeros_like(lengths), bits, False)
         kv_reference.append(k, v.cpu(), codes, params, lengths, bits, False)
-        return kv_reference.attention(q.cpu(), codes, params, lengths, head_dim**-0.5, bits, 1).to(HALF)
+        return kv_reference.attention(q.cpu(), codes, params, lengths, None, head_dim**-0.5, bits, 1).to(HALF)
 
     work = kv_cache.work(tuple(q.shape), kv_heads, tokens, bits, HALF) + kv_cache.append_work(tuple(v.shape), bits, HALF)
     return Case(op, random.normal(batch, 1, kv_heads, head_dim), expected, work, tolerance=2e-3)

@@ -112,9 +112,26 @@ def test_formats_without_a_kernel_are_refused_with_the_reason(net, recipe, reaso
         assert any(reason in e.reason for e in gm.meta["qgraph"].ledger)
 
 
+def test_convolutions_of_one_group_run_in_integers_from_one_to_the_next():
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv2d(3, 24, 3, padding=1), torch.nn.ReLU6(), torch.nn.Conv2d(24, 20, 3, stride=2), torch.nn.ReLU()]
+    net = torch.nn.Sequential(*layers, torch.nn.Conv2d(20, 40, 3, groups=20), torch.nn.Conv2d(40, 9, 1)).eval()
+    x = torch.randn(2, 3, 11, 12)
+    gm = qgraph.quantize(net, [(x,)], example_inputs=(x,), recipe="w8a8", backend="cupy")
+    reasons = [e.reason for e in gm.meta["qgraph"].ledger if e.decision == "float"]
+    assert any("the integer convolution has one group, not 20" in r for r in reasons)
+    with emulation():
+        program = qgraph.lower(gm, backend="cupy", strict=True)
+        found = program(x)
+    ran = [k.became for k in program.kernels()]
+    assert ran == ["quantize_static", "w8a8_conv", "w8a8_conv", "dequantize", "quantize_static", "w8a8_conv"] or ran.count("w8a8_conv") == 3
+    expected = gm(x).detach()
+    assert (found - expected).norm() < 5e-3 * expected.norm()  # a sum in another order may move an integer by one
+
+
 def test_what_was_prepared_for_another_backend_says_what_torch_runs():
-    conv = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU()).eval()
-    x = torch.randn(1, 3, 9, 9)
+    conv = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3, groups=2), torch.nn.ReLU()).eval()
+    x = torch.randn(1, 4, 9, 9)
     gm = qgraph.quantize(conv, [(x,)], example_inputs=(x,), recipe="w8a8", backend="reference")
     with emulation():
         program = qgraph.lower(gm, backend="cupy")

@@ -127,13 +127,14 @@ def on_the_host(run):
 def test_the_benchmark_checks_and_times_every_family(monkeypatch):
     """The script for a GPU, on small shapes in the emulator."""
     monkeypatch.setitem(cuda.MODELS, "tiny", ((136, 320),))
-    monkeypatch.setattr(cuda, "CACHES", ((2, 150),))
+    for name, value in {"WIDTH": 320, "CACHES": ((2, 150),), "HEADS": (4, 2, 64)}.items():
+        monkeypatch.setattr(cuda, name, value)
     monkeypatch.setattr(cuda, "SMALL", {"rows": SMALL["rows"], "broken": lambda d: replace(SMALL["rows"](d), expected=lambda x: x)})
     bench = cuda.Bench(torch.device("cpu"), A100, on_the_host, perf_counter() + 600)
     with emulation():
         assert list(bench.check()) == ["broken"]
-        found = list(bench.timings(["tiny"], [1]))
-        assert list(cuda.Bench(bench.device, None, on_the_host, deadline=0.0).timings(["tiny"], [1])) == []
+        found = list(bench.timings(["tiny"], [20]))
+        assert list(cuda.Bench(bench.device, None, on_the_host, deadline=0.0).timings(["tiny"], [20])) == []
     assert [t.kernel for t in found] == [*cuda.LINEARS, *cuda.ROW_KERNELS, "append + attend, 8 bits", "append + attend, 4 bits"]
     assert all(t.seconds > 0 and t.bandwidth > 0 and 0 < t.fraction < 1 for t in found)
     lines = cuda.markdown(found).splitlines()

@@ -15,6 +15,8 @@ from qgraph.backends.cupy.roofline import (
     traffic_fraction,
     wave_fraction,
 )
+from tests.backends.cupy.cases import rows_to_integers
+from tests.bench.traffic import CPU, HEADER, Traffic
 
 
 def test_a_matrix_times_a_vector_waits_for_memory():
@@ -61,6 +63,13 @@ def test_sectors_that_are_half_used_halve_the_fraction():
 def test_traffic_does_not_matter_to_what_tensor_cores_bound():
     work = Work(3200, int8_ops=10**12)
     assert predicted_fraction(H100, work, sectors=200, blocks=132) == pytest.approx(1.0)
+
+
+def test_the_traffic_of_a_call_is_counted_beside_the_least():
+    """tests/bench/traffic.py, on rows whose vectors fill their sectors."""
+    found = Traffic.of("rows", lambda: rows_to_integers(CPU, 4, 512))
+    assert found.work.bytes <= found.sectors * 32 <= 1.05 * found.work.bytes
+    assert len(found.cells()) == len(HEADER) and found.cells()[4:6] == ("100.0%", "0")
 
 
 @pytest.mark.parametrize(

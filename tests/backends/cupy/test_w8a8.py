@@ -180,7 +180,7 @@ def test_rows_of_x_may_be_ragged_strided_or_misaligned(k):
         assert torch.equal(got, reference.quantized_linear(x, one, None, "int8", weight, one, None, "int8", None))
 
 
-@pytest.mark.parametrize(("m", "n", "k"), [(0, 5, 16), (3, 0, 16), (3, 5, 0)])
+@pytest.mark.parametrize(("m", "n", "k"), [(0, 5, 16), (8, 0, 16), (8, 5, 0)])
 def test_empty_operands_are_fine(m, n, k):
     with emulation():
         assert torch.equal(call(Case(m, n, k)), Case(m, n, k).expected())
@@ -201,11 +201,20 @@ def test_scales_that_are_no_numbers_saturate_as_the_reference_does():
 
 def test_requantization_divides_the_scales_before_it_multiplies():
     """s / y_scale is 0.5 to the last bit, so that odd sums are halfway; s * (1 / y_scale) is a little less or more for some y_scale."""
-    x, weight = torch.arange(-16, 17, dtype=torch.int8)[:, None], torch.ones(1, 1, dtype=torch.int8)
+    x, weight = torch.arange(-4, 4, dtype=torch.int8)[:, None], torch.ones(1, 1, dtype=torch.int8)
     for y_scale in torch.arange(1.0, 100.0):
         with emulation():
             got = call(Case(y_dtype="int8"), (x, torch.ones(1), None, weight, (y_scale / 2)[None], None, None, y_scale, None))
         assert torch.equal(got, (x.float() / 2).round().to(torch.int8))
+
+
+def test_parameters_may_be_strided_and_zero_points_wider():
+    case = Case(6, 12, 48, x_zero="rows", w_zero="rows", y_dtype="uint8")
+    x, x_scale, x_zero, *others, y_scale, y_zero = case.operands()
+    strided = [torch.stack((v, v), -1)[..., 0] for v in (x_scale, x_zero.int())]
+    with emulation():
+        got = call(case, (x, *strided, *others, y_scale, y_zero.int()))
+    assert torch.equal(got, case.expected())
 
 
 def test_row_sums_that_are_given_are_taken():
