@@ -9,12 +9,12 @@
 // adjacent 16-byte pieces, so every sector is used whole. The scale of a group comes with one cached load a thread.
 //
 // BITS 8, or 4: two codes a byte, the first in the low half. table [vocabulary, stride bytes]; scale, zero (or null) [vocabulary, groups],
-// a group being `group` columns, or one for all (groups = 0); out [rows, k]. Codes are signed with flip = 128 or 8, unsigned with 0; zeros, a
-// byte each, likewise with zero_flip. ids null: row i of the table is row i of out (dequantization). An id that is in no row of the table
+// a group being `group` columns, or one for all (groups = 0); out [rows, k]. Codes are signed with flip = 128 or 8, unsigned with 0; zeros,
+// a byte each, likewise with zero_flip. ids null: row i of the table is row i of out (dequantization). An id that is in no row of the table
 // gives a row of NaN: nothing here can stop the program.
 //
-// Whole accesses where rows of the table are a multiple of V * BITS / 8 bytes, those of out of 16, and groups of V columns; else
-// a thread an element. Any k.
+// Whole accesses where rows of the table are a multiple of V * BITS / 8 bytes, those of out of 16 bytes, and groups of V columns; else a
+// thread an element. Any k.
 #include "qg.cuh"
 
 using namespace qg;

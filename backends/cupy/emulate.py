@@ -8,6 +8,7 @@ errors, and a memory profile can be taken (emulator/checks.h).
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import re
 import shutil
@@ -83,6 +84,8 @@ class Emulated:
         self.path = path
         self.library = ctypes.CDLL(str(path))
         self.library.emu_error.restype = ctypes.c_char_p
+        self.library.emu_stack_bytes.restype = ctypes.c_size_t
+        self.library.emu_stacks(ctypes.c_void_p(ctypes.addressof(_stacks(self.library.emu_stack_bytes()))))
         self.lines: dict[int, str] = {}
         self.checked = checked
         if checked:
@@ -149,6 +152,13 @@ class Emulated:
             frames = [Path(line.split(" (")[0]) for line in found.splitlines()]
             ours = [f.name for f in frames if f.parent != EMULATOR and not f.name.startswith("qg.cuh:")]
             self.lines[offset] = (ours or ["an unknown line"])[0]
+
+
+@cache
+def _stacks(size: int) -> ctypes.Array[ctypes.c_char]:
+    """Memory for the stacks of emulated threads: one for all libraries, or a process would run out of mappings."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return (ctypes.c_char * size).from_buffer(memory)
 
 
 class _Place(ctypes.Structure):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch import Tensor
+from torch.fx import GraphModule, Node, map_arg
 
 from qgraph.api import convert, prepare
 from qgraph.backend import Kernel
-from qgraph.backends.cupy import Cupy, act_quantize, embedding, norm_quantize, quantizing, w8a8, weight_only
+from qgraph.backends.cupy import Cupy, act_quantize, embedding, norm_quantize, quantizing, w8a8, w8a8_conv, weight_only
 from qgraph.backends.cupy.ops import K
+from qgraph.backends.cupy.program import NAMESPACE
 from qgraph.backends.cupy.roofline import A100, H100, RTX4090, Work
 from qgraph.edit import graph_modules
 from qgraph.errors import LoweringError, RecipeError
@@ -33,12 +36,18 @@ class Sizes:
     dims: Mapping[str, int] = field(default_factory=dict)
     free: set[str] = field(default_factory=set)
 
-    def __call__(self, node: Node) -> tuple[int, ...]:
-        """Raises LoweringError for a value of unknown rank."""
+    def of(self, node: Node) -> Any:
+        """The value of a node without its data (device "meta"): by its type, else by the shape function of the op that makes it. Raises
+        LoweringError where neither is known."""
         kind = type_of(node)
-        if kind is None or kind.shape is None:
-            raise LoweringError(f"the shape of %{node.name} is unknown")
-        return tuple(d if isinstance(d, int) else self._symbol("?" if d is None else d) for d in kind.shape)
+        dtype = None if kind is None or kind.dtype is None else getattr(torch, kind.dtype, None)
+        if kind is not None and kind.shape is not None and isinstance(dtype, torch.dtype):
+            shape = [d if isinstance(d, int) else self._symbol("?" if d is None else d) for d in kind.shape]
+            return torch.empty(shape, dtype=dtype, device="meta")
+        if node.target is operator.getitem or getattr(node.target, "namespace", None) == NAMESPACE:
+            args, kwargs = map_arg((node.args, node.kwargs), self.of)
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        raise LoweringError(f"the type of %{node.name} is unknown")
 
     def _symbol(self, dim: str) -> int:
         """A symbol, or a product of some: batch, 2*seq."""
@@ -46,56 +55,62 @@ class Sizes:
         self.free.update(part for part, value in zip(dim.split("*"), factors, strict=True) if value is None)
         return prod(1 if value is None else value for value in factors)
 
-    def rows(self, node: Node) -> tuple[int, int]:
-        """[..., k] -> rows, k."""
-        *outer, k = self(node)
-        return prod(outer), k
-
 
 Operands = Mapping[str, Any]
+"""Of an op by name, tensors without data."""
 
 
-def _w8a8(node: Node, got: Operands, sizes: Sizes) -> Work:
-    (m, _), (n, k) = sizes.rows(node), sizes(got["weight"])
-    return w8a8.work(m, n, k, dtype(node))
+def _row_count(x: Tensor) -> tuple[int, int]:
+    """[..., k] -> rows, k."""
+    return prod(x.shape[:-1]), x.shape[-1]
 
 
-def _weight_only(node: Node, got: Operands, sizes: Sizes) -> Work:
-    (m, k), bits = sizes.rows(got["x"]), sizes(got["codes"])[2]
+def _w8a8(got: Operands, y: Tensor) -> Work:
+    n, k = got["weight"].shape
+    return w8a8.work(_row_count(y)[0], n, k, y.dtype)
+
+
+def _conv(got: Operands, y: Tensor) -> Work:
+    channels, n = got["x"].shape[1], y.shape[1]
+    return w8a8_conv.work(got["x"].shape, (n, channels, *got["kernel"]), y.shape, y.dtype)
+
+
+def _weight_only(got: Operands, y: Tensor) -> Work:
+    (m, k), bits = _row_count(got["x"]), got["codes"].shape[2]
     has = {name: got[name] is not None for name in ("zeros", "bias")}
-    return weight_only.work(m, got["n"], k, bits, got["group"], dtype(node), **has)
+    return weight_only.work(m, got["n"], k, bits, got["group"], y.dtype, **has)
 
 
-def _rows(node: Node, got: Operands, sizes: Sizes) -> Work:
-    return quantizing.rows_work(*sizes.rows(got["x"]), dtype(got["x"]), dynamic=got["scale"] is None, sums=got["sums"])
+def _rows(got: Operands, _: Any) -> Work:
+    return quantizing.rows_work(*_row_count(got["x"]), got["x"].dtype, dynamic=got["scale"] is None, sums=got["sums"])
 
 
-def _tensor(node: Node, got: Operands, sizes: Sizes) -> Work:
-    return quantizing.tensor_work(prod(sizes(got["x"])), dtype(got["x"]), dynamic="scale" not in got)
+def _tensor(got: Operands, _: Any) -> Work:
+    return quantizing.tensor_work(got["x"].numel(), got["x"].dtype, dynamic="scale" not in got)
 
 
-def _norm(node: Node, got: Operands, sizes: Sizes) -> Work:
+def _norm(got: Operands, _: Any) -> Work:
     has = {name: got[name] is not None for name in ("residual", "bias")}
-    return norm_quantize.work(*sizes.rows(got["x"]), dtype(got["x"]), dynamic=got["scale"] is None, keep_y=got["keep_y"], **has)
+    return norm_quantize.work(*_row_count(got["x"]), got["x"].dtype, dynamic=got["scale"] is None, keep_y=got["keep_y"], **has)
 
 
-def _act(node: Node, got: Operands, sizes: Sizes) -> Work:
-    return act_quantize.work(*sizes.rows(got["gate"]), dtype(got["gate"]), dynamic=got["scale"] is None, up=got["up"] is not None)
+def _act(got: Operands, _: Any) -> Work:
+    return act_quantize.work(*_row_count(got["gate"]), got["gate"].dtype, dynamic=got["scale"] is None, up=got["up"] is not None)
 
 
-def _embedding(node: Node, got: Operands, sizes: Sizes) -> Work:
-    ids, real, k = prod(sizes(got["ids"])), dtype(got["scale"]), got["k"]
-    return embedding.work(ids, k, got["dtype"], real, group=got["group"], zero_points=got["zero_point"] is not None)
+def _embedding(got: Operands, y: Tensor) -> Work:
+    zeros = got["zero_point"] is not None
+    return embedding.work(got["ids"].numel(), got["k"], got["dtype"], y.dtype, group=got["group"], zero_points=zeros)
 
 
-def _dequantize(node: Node, got: Operands, sizes: Sizes) -> Work:
-    count, parameters = prod(sizes(got["q"])), prod(sizes(got["scale"]))
-    real, zeros = dtype(got["scale"]).itemsize, got["zero_point"] is not None
-    return Work(count * (1 + real) + parameters * (real + zeros), fp32_ops=2 * count)
+def _dequantize(got: Operands, y: Tensor) -> Work:
+    parameters = got["scale"].nbytes + (0 if got["zero_point"] is None else got["zero_point"].nbytes)
+    return Work(got["q"].nbytes + y.nbytes + parameters, fp32_ops=2 * y.numel())
 
 
-WORK: dict[Any, Callable[[Node, Operands, Sizes], Work]] = {
+WORK: dict[Any, Callable[[Operands, Any], Work]] = {
     K.w8a8_linear.default: _w8a8,
+    K.w8a8_conv.default: _conv,
     K.weight_only_linear.default: _weight_only,
     K.quantize_rows.default: _rows,
     K.quantize_static.default: _tensor,
@@ -105,16 +120,7 @@ WORK: dict[Any, Callable[[Node, Operands, Sizes], Work]] = {
     K.embedding_dequantize.default: _embedding,
     K.dequantize.default: _dequantize,
 }
-"""What a call of each op has to do, from the node, its operands and the sizes of their values."""
-
-
-def dtype(node: Node) -> torch.dtype:
-    """The element type of a value. Raises LoweringError where it is unknown."""
-    kind = type_of(node)
-    found = None if kind is None or kind.dtype is None else getattr(torch, kind.dtype, None)
-    if not isinstance(found, torch.dtype):
-        raise LoweringError(f"the element type of %{node.name} is unknown")
-    return found
+"""What a call of each op has to do, from its operands and its result."""
 
 
 @dataclass(frozen=True)
@@ -129,12 +135,12 @@ class Layer:
 
 
 def layers(gm: GraphModule, sizes: Sizes) -> list[Layer]:
-    """The kernels of a lowered graph in order. Raises LoweringError for one whose shape is unknown."""
+    """The kernels of a lowered graph in order. Raises LoweringError for one whose operands are of unknown shape."""
     return [_layer(node, sizes) for part in graph_modules(gm) for node in part.graph.nodes if node.target in WORK]
 
 
 def _layer(node: Node, sizes: Sizes) -> Layer:
-    work = WORK[node.target](node, operands(node), sizes)
+    work = WORK[node.target](map_arg(operands(node), sizes.of), sizes.of(node))
     op = str(node.target).split(".")[1]
     return Layer(path_of(node), op, work, {d.name: d.time(work) for d in DEVICES}, {d.name: d.bound(work) for d in DEVICES})
 

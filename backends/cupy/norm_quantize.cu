@@ -69,8 +69,9 @@ QG_DEVICE float squares(uint4 raw, float mean) {
   return sum;
 }
 
-// sums, given_scale ... symmetric as in quantize_rows; layer: LayerNorm.
-QG_KERNEL __launch_bounds__(BLOCK, 1)   // 1: else the compiler spills to let more blocks in
+// sums, given_scale ... symmetric as in quantize_rows; layer: LayerNorm. One block an SM at least: asked for nothing,
+// the compiler spills registers to let in more.
+QG_KERNEL __launch_bounds__(BLOCK, 1)
 norm_quantize(const REAL *x, const REAL *residual, const REAL *weight, const REAL *bias, REAL *h, REAL *y, uint8_t *q, REAL *scale,
               uint8_t *zero, int *sums, const float *given_scale, const int *given_zero, int every, int rows, int k, int low, int high,
               int symmetric, int layer, float eps) {

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from qgraph.backends.cupy.autotune import bucket, preferred
 from qgraph.backends.cupy.launch import TYPES, Kernel, kernel
 from qgraph.backends.cupy.ops import K, cuda_op
-from qgraph.backends.cupy.quantizing import whole
 from qgraph.backends.cupy.roofline import Work
+from qgraph.backends.cupy.rows import whole
 from qgraph.backends.cupy.weight_packing import SQUARE, UNIT, PackedWeight
 from qgraph.errors import LoweringError
 
@@ -187,7 +187,8 @@ def _(
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """weight_only_linear with the weight as one value; `bias` by `pack_bias`."""
     w = weight
-    return K.weight_only_linear(x, w.codes, w.row, w.ratio, w.zeros, bias, w.zero, w.n, w.group)
+    y: Tensor = K.weight_only_linear(x, w.codes, w.row, w.ratio, w.zeros, bias, w.zero, w.n, w.group)
+    return y
 
 
 def _product(x: Tensor, weight: tuple[Tensor | None, ...], zero: int, n: int, group: int) -> Tensor:

@@ -134,7 +134,8 @@ def _shifts(like: Tensor, *amounts: int) -> Tensor:
 
 def _nibbles(lanes: Tensor) -> Tensor:
     """[..., 8] codes of at most four bits -> words, code i from bit 4i."""
-    return (lanes << _shifts(lanes, *range(0, 32, 4))).sum(-1, dtype=torch.int32)
+    words: Tensor = lanes << _shifts(lanes, *range(0, 32, 4))
+    return words.sum(-1, dtype=torch.int32)
 
 
 def _planes(lanes: Tensor, bits: int) -> Tensor:
@@ -142,7 +143,7 @@ def _planes(lanes: Tensor, bits: int) -> Tensor:
     if bits == 4:
         return _nibbles(lanes)
     low = _nibbles(lanes & 3)
-    low = (low[..., 0::2] | (low[..., 1::2] << 2)).unflatten(-2, (2, 2)).flatten(-2)  # tile pairs; words (tile, pair of steps)
+    low = (low[..., 0::2] | (low[..., 1::2] << 2)).reshape(*lanes.shape[:-3], 2, 4)  # tile pairs; words (tile, pair of steps)
     if bits == 2:
         return low
     high = (_nibbles(lanes >> 2) << _shifts(lanes, 0, 1, 2, 3)).sum(-1, dtype=torch.int32)
@@ -152,23 +153,28 @@ def _planes(lanes: Tensor, bits: int) -> Tensor:
 def _from_planes(words: Tensor) -> Tensor:
     bits = words.shape[-2]
     if bits == 4:
-        return (words.unsqueeze(-1) >> _shifts(words, *range(0, 32, 4))) & 15
-    low = words[..., :2, :].reshape(*words.shape[:-2], 4, 2)
-    steps = (low.unsqueeze(-1) >> _shifts(words, 0, 2)).flatten(-2)  # tile, step
-    codes = (steps.unsqueeze(-1) >> _shifts(words, *range(0, 32, 4))) & 3
+        return _fields(words, 15)
+    low = words[..., :2, :].reshape(*words.shape[:-2], 4, 2).unsqueeze(-1)  # tile, pair of steps
+    codes = _fields((low >> _shifts(words, 0, 2)).flatten(-2), 3)
     if bits == 2:
         return codes
-    third = words[..., 2, :].unsqueeze(-1) >> _shifts(words, 0, 1, 2, 3)
-    return codes | (((third.unsqueeze(-1) >> _shifts(words, *range(0, 32, 4))) & 1) << 2)
+    high = words[..., 2, :].unsqueeze(-1) >> _shifts(words, 0, 1, 2, 3)
+    return torch.add(codes, _fields(high, 1), alpha=4)
+
+
+def _fields(words: Tensor, mask: int) -> Tensor:
+    """Words -> [..., 8] what `mask` shows of each four bits."""
+    fields: Tensor = (words.unsqueeze(-1) >> _shifts(words, *range(0, 32, 4))) & mask
+    return fields
 
 
 def _bytes(lanes: Tensor) -> Tensor:
     """[..., 4, 4, 8 = (e, h, o)] -> [..., 8 vectors, 4 words]: a word for each (tile, step, h), its bytes (o, e)."""
-    parts = lanes.unflatten(-1, (2, 2, 2)).movedim(-3, -1)  # h, o, e
-    words = (parts.flatten(-2) << _shifts(lanes, 0, 8, 16, 24)).sum(-1, dtype=torch.int32)
+    parts = lanes.reshape(*lanes.shape[:-1], 2, 2, 2).movedim(-3, -1)  # h, o, e
+    words: Tensor = (parts.flatten(-2) << _shifts(lanes, 0, 8, 16, 24)).sum(-1, dtype=torch.int32)
     return words.reshape(*lanes.shape[:-3], 8, 4)
 
 
 def _from_bytes(words: Tensor) -> Tensor:
-    parts = (words.reshape(*words.shape[:-2], 4, 4, 2, 1) >> _shifts(words, 0, 8, 16, 24)) & 255  # h, (o, e)
-    return parts.unflatten(-1, (2, 2)).movedim(-1, -3).flatten(-3)
+    parts: Tensor = (words.reshape(*words.shape[:-2], 4, 4, 2, 1) >> _shifts(words, 0, 8, 16, 24)) & 255  # h, (o, e)
+    return parts.reshape(*parts.shape[:-1], 2, 2).movedim(-1, -3).flatten(-3)

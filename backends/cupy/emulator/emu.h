@@ -2,7 +2,7 @@
 //
 // g++ -include emu.h ... wrapper.cpp, where wrapper.cpp includes the .cu and says QG_EXPORT(kernel) for each kernel. NVIDIA's own
 // headers give the half and bfloat16 types. What waits for other threads (barriers, shuffles, votes, mma) suspends its fiber; the last
-// thread to arrive does the work for all, reading the operands of the others where they lie on their stacks.
+// thread to arrive does the work for all. device.h and warp.h have what a kernel calls, checks.h what -DQG_CHECKED adds.
 //
 // schedule 0 runs the threads of a block in order, 1 in reverse, more: shuffled with that seed. Results must not depend on it.
 #pragma once
@@ -218,10 +218,6 @@ QG_UNCHECKED inline void report_deadlock() {
 QG_UNCHECKED inline bool run_block() {
   for (unsigned i = 0; i < B.threads; i++) {
     Fiber &f = fibers[i];
-    if (!f.stack) {
-      f.stack = (char *)mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-      mprotect(f.stack, 4096, PROT_NONE);
-    }
     f.tid = {i % B.dim.x, i / B.dim.x % B.dim.y, i / (B.dim.x * B.dim.y)};
     f.lane = i & 31; f.warp = i >> 5; f.sp = fresh_stack(f.stack, i);
     copies[i].first = copies[i].end = copies[i].committed = 0;
@@ -268,6 +264,11 @@ template <class... A> int launch(void (*kernel)(A...), const unsigned *d, unsign
 }  // namespace emu
 
 extern "C" QG_PUBLIC inline const char *emu_error() { return emu::error; }
+// The stacks of all threads, which libraries share: the lowest page of each is closed, to stop what overflows.
+extern "C" QG_PUBLIC inline size_t emu_stack_bytes() { return emu::THREADS * emu::STACK; }
+extern "C" QG_PUBLIC inline void emu_stacks(char *memory) {
+  for (unsigned i = 0; i < emu::THREADS; i++) mprotect(emu::fibers[i].stack = memory + i * emu::STACK, 4096, PROT_NONE);
+}
 extern "C" QG_PUBLIC inline void emu_schedule(unsigned s) { emu::schedule = s; }
 
 #define threadIdx (emu::B.now->tid)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from qgraph import reference
-from qgraph.backends.cupy import act_quantize, embedding, kv_cache, kv_reference, norm_quantize, quantizing, w8a8, weight_only
+from qgraph.backends.cupy import act_quantize, embedding, kv_cache, kv_reference, norm_quantize, quantizing, w8a8, w8a8_conv, weight_only
 from qgraph.backends.cupy.ops import K
 from qgraph.backends.cupy.roofline import Work
 from qgraph.backends.cupy.weight_packing import pack_bias, pack_weight
@@ -89,6 +89,34 @@ def integer_linear(device: torch.device, m: int, n: int, k: int) -> Case:
         return reference.quantized_linear(x, s, z, "uint8", w, ws.to(torch.float32), wz, "int8", b).to(HALF)
 
     return Case(op, x, expected, w8a8.work(m, n, k, HALF))
+
+
+def integer_convolution(device: torch.device, batch: int, n: int, c: int, size: int) -> Case:
+    """3 x 3 windows of uint8 images with a zero point, two steps apart, a float bias, to int8."""
+    random, window = Random(device), ((2, 2), (1, 1, 1, 1), (1, 1))
+    x, weight, bias = (
+        random.integers(0, 255, batch, c, size, size, dtype=torch.uint8),
+        random.integers(-127, 127, n, c, 3, 3),
+        random.normal(n),
+    )
+    x_scale, w_scale, x_zero, y_scale = (
+        random.scales(1),
+        random.scales(n),
+        random.integers(100, 150, 1, dtype=torch.uint8),
+        random.scales(1) * 100,
+    )
+    p, packed_bias = w8a8_conv.pack_conv(weight, w_scale), w8a8.pack_bias(bias)
+
+    def op(x: Tensor) -> Any:
+        stored = (p.weight, p.scale, p.sums, packed_bias)
+        return K.w8a8_conv(x, x_scale, x_zero, *stored, torch.float32, (3, 3), *window, y_scale, None, "int8")
+
+    def expected(x: Tensor) -> Any:
+        s, z, w, ws, b, ys = (t.cpu() for t in (x_scale, x_zero, weight, w_scale, bias, y_scale))
+        return reference.quantized_conv(x, s, z, "uint8", w, ws, None, "int8", b, *window, 1, ys, None, "int8")
+
+    work = w8a8_conv.work(x.shape, weight.shape, (batch, n, -(-size // 2), -(-size // 2)), torch.int8)
+    return Case(op, x, expected, work)
 
 
 def weight_only_linear(device: torch.device, m: int, n: int, k: int, *, bits: int = 4, group: int = 128) -> Case:
@@ -211,6 +239,7 @@ SMALL: dict[str, Callable[[torch.device], Case]] = {
     "w8a8, dp4a": lambda d: integer_linear(d, 3, 70, 200),
     "w8a8, tensor cores": lambda d: integer_linear(d, 40, 70, 200),
     "w8a8, K split": lambda d: integer_linear(d, 17, 64, 4096),
+    "w8a8, convolution": lambda d: integer_convolution(d, 2, 40, 20, 9),
     "w4, vector": lambda d: weight_only_linear(d, 1, 136, 320),
     "w4, tensor cores": lambda d: weight_only_linear(d, 20, 136, 320),
     "w8 per channel": lambda d: weight_only_linear(d, 20, 136, 320, bits=8, group=320),

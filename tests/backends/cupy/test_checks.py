@@ -131,12 +131,20 @@ QG_KERNEL in_turn(const float *x, float *y, int broken) {   // the reader that c
   __syncwarp();
   y[t] = tile[t ^ 1];
 }
-QG_KERNEL all_read(const float *x, float *y, int broken) {
+QG_KERNEL both_read(const float *x, float *y, int broken) {
   THREAD;
   TILE;
-  y[t] = tile[0];
+  if (t == 0 || t == 32) y[t] = tile[0];
   if (!broken) __syncthreads();
-  if (t == 63) tile[0] = x[0];                                                                                  // all_read
+  if (t == 32) tile[0] = x[0];                                                                                  // both_read
+}
+QG_KERNEL passed_on(const float *x, float *y, int broken) {   // lane 0 -> lane 1 -> lane 2
+  THREAD;
+  TILE;
+  tile[t] = x[t];
+  if (l < 2 && !broken) __syncwarp(3);
+  if (l == 1 || l == 2) __syncwarp(6);
+  if (l == 2) y[t] = tile[t - 2];                                                                               // passed_on
 }
 QG_KERNEL added(const float *x, float *y, int broken) {
   THREAD;
@@ -248,7 +256,8 @@ FAULTS = {
     "wrong_warp": "a race on byte 252 of wrong_warp::tile: nothing orders a write and an access by thread (31,0,0) at faults.cu:",
     "rows": "a race on byte 16 of rows::tile: nothing orders a write and an access by thread (0,0,0) at faults.cu:",
     "in_turn": "a race on byte 0 of in_turn::tile: nothing orders a read and an access by thread (0,0,0) at faults.cu:",
-    "all_read": "a race on byte 0 of all_read::tile: nothing orders a write and an access by thread (62,0,0) at faults.cu:",
+    "both_read": "a race on byte 0 of both_read::tile: nothing orders a write and an access by thread (0,0,0) at faults.cu:",
+    "passed_on": "a race on byte 0 of passed_on::tile: nothing orders a read and an access by thread (0,0,0) at faults.cu:",
     "added": "a race on byte 0 of added::sum: nothing orders a read and an access by thread (39,0,0) at faults.cu:",
     "unwritten": "a read of byte 252 of unwritten::tile, which nothing in this block has written, by thread (0,0,0) of block (1,0,0)",
     "before_wait": "a read of byte 1024 of before_wait::tile, which cp.async brings, before the wait for it, by thread (0,0,0) of block (0,0,0)",

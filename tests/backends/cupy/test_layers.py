@@ -64,6 +64,14 @@ def test_every_op_that_lowering_makes_is_counted():
     assert made == {str(op).split(".")[1] for op in WORK}
 
 
+def test_a_convolution_counts_its_windows():
+    net = torch.nn.Sequential(torch.nn.Conv2d(16, 24, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(24, 8, 1)).eval()
+    x = torch.randn(2, 16, 10, 12)
+    gm = qgraph.quantize(net, [(x,)], example_inputs=(x,), recipe="w8a8", backend="cupy")
+    found = [layer.work for layer in layers.layers(Cupy(device="cpu").lower(gm).gm, Sizes()) if layer.op == "w8a8_conv"]
+    assert [w.int8_ops for w in found] == [2 * 240 * 24 * 16 * 9, 2 * 240 * 8 * 24]
+
+
 @pytest.mark.parametrize("recipe", ["w8a8", "w8a8-token"])
 def test_quantizations_are_counted_beside_the_linears(recipe, file):
     prepared = qgraph.prepare(qgraph.from_onnx(file), recipe=recipe, backend="cupy")

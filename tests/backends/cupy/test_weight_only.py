@@ -177,7 +177,7 @@ def test_the_vector_kernel_moves_little_more_than_it_must() -> None:
 
 @pytest.mark.parametrize(("m", "dtype"), [(8, "uint4"), (20, "int3")])
 def test_the_tensor_core_kernel_has_no_bank_conflicts_and_whole_sectors(m: int, dtype: str) -> None:
-    found = profiles(case(256, 512, dtype, 64, zeros=True), inputs(m, 512, F16))["weight_gemm"]
+    found = profiles(case(256, 512, dtype, 32, zeros=True), inputs(m, 512, F16))["weight_gemm"]
     assert found.bank_conflicts == 0 and found.sector_efficiency == 1
     rows = choose(m, 256, 512, F16, 90).config.rows
     assert found.mma_float == 256 // 16 * (512 // 16) * (rows // 8)
