@@ -19,9 +19,9 @@ FLOAT = "float"
 """The decision of an edge that keeps its float type."""
 
 
-ASIDES = frozenset(("accumulator", "scale", "shift", "range", "distribution", "outliers", "container"))
+ASIDES = frozenset(("accumulator", "scale", "shift", "range", "distribution", "outliers", "container", "kernel"))
 """Roles that are no edges: what sums need (saturation.py), factors and shifts of input channels, the range of a value that data do not give,
-what an input is taken for, what of a weight stays in float, codes wider than the format."""
+what an input is taken for, what of a weight stays in float, codes wider than the format, an operation that no kernel of the backend runs."""
 
 
 @dataclass(frozen=True)

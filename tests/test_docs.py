@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from qgraph import passes
+from qgraph.backends.cupy import legalize as cuda_legalize
 from qgraph.backends.onnxruntime import legalize
 from qgraph.cli import main
 from tests import small
@@ -52,9 +53,10 @@ def test_the_readme_names_every_recipe_and_command():
     assert [word for word in (*NAMES, *(f"qgraph {c}" for c in main.commands), "make demo", "make test") if word not in text] == []
 
 
-def named(page: Path) -> list[str]:
-    """What the first column of the page's tables names in code, in order."""
-    return re.findall(r"^\| `(\w+)` \|", page.read_text(), re.MULTILINE)
+def named(page: Path, section: str = "") -> list[str]:
+    """What the first column of the page's tables (or of those in one section) names in code, in order."""
+    text = page.read_text().partition(f"## {section}")[2].partition("\n## ")[0] if section else page.read_text()
+    return re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
 
 
 def test_the_table_of_passes_has_them_all():
@@ -62,7 +64,11 @@ def test_the_table_of_passes_has_them_all():
     assert sorted(named(ROOT / "passes" / "README.md")) == sorted(found)
 
 
-def test_the_passes_of_the_onnxruntime_backend_are_listed_in_their_order():
-    names = [p.name for p in legalize.LEGALIZE]
-    assert [n for n in named(ROOT / "backends" / "README.md") if n in names] == names
-    assert re.findall(r"\w+", legalize.__doc__.split("\n\n")[1].replace("->", "")) == names
+@pytest.mark.parametrize(
+    ("section", "module", "passes"),
+    [("How `onnxruntime` lowers", legalize, legalize.LEGALIZE), ("Raw CUDA kernels: `cupy`", cuda_legalize, cuda_legalize.lowering_passes())],
+)
+def test_the_passes_of_a_backend_are_listed_in_their_order(section, module, passes):
+    names = [p.name for p in passes]
+    assert [n for n in named(ROOT / "backends" / "README.md", section) if n in names] == names
+    assert re.findall(r"\w+", module.__doc__.split("\n\n")[1].replace("->", "")) == names

@@ -11,6 +11,11 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SHOWS = {
     "bert_ablation.py": ("MiniLM", "W8A32", "ZeroQuant"),
+    "cuda_kernels.py": (
+        "w8a8-token: quantize_rows, w8a8_linear, norm_quantize",
+        "w4a16-g32: weight_only_linear",
+        "for large batches: quantize_rows",
+    ),
     "generate.py": ("--- float", "--- w4a16-g32, 0.1 MB", "for a prompt of 30 tokens, then"),
     "quantize_torch.py": ("onnxruntime  accuracy", "QLinearConv"),
     "quantize_onnx.py": ("rule 'head'", "SQNR", "MatMulInteger"),

@@ -13,14 +13,14 @@ from torch.fx import GraphModule
 
 from qgraph.backend import Placement
 from qgraph.backends.cupy.emulate import emulated
-from qgraph.backends.cupy.legalize import legalize
+from qgraph.backends.cupy.legalize import lowering_passes
 from qgraph.backends.cupy.placement import PLACEMENT
 from qgraph.backends.cupy.program import Program
 from qgraph.errors import LoweringError
-from qgraph.ledger import state
+from qgraph.ledger import Entry, state
 from qgraph.pipeline import Context, Pipeline
 
-__all__ = ["PLACEMENT", "Cupy", "Program", "legalize"]
+__all__ = ["PLACEMENT", "Cupy", "Program", "lowering_passes"]
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,18 @@ class Cupy:
     device: str | None = None
 
     def lower(self, gm: GraphModule, *, strict: bool = False) -> Program:
-        """A converted graph of either dialect as a program. `gm` is consumed: its tensors move to the device.
+        """A converted graph of either dialect as a program. `gm` is consumed: passes change it.
 
         `strict`: a linear or embedding of quantized weights without a kernel is an error. Raises LoweringError where there is no device."""
-        device = self._device()
+        device = self.target_device()
         ctx = Context()
-        Pipeline(*legalize(self.rows), name=self.name).run(gm, ctx)
+        Pipeline(*lowering_passes(self.rows), name=self.name).run(gm, ctx)
         state(gm).stage = "lowered"
         program = Program.of(gm, device, ctx.declines)
-        if strict and (missed := [k for k in program.kernels() if not k.fused]):
+        missed = [k for k in program.kernels() if not k.fused]
+        for k in missed:
+            state(gm).ledger.record(Entry(k.node, k.promised, "kernel", "torch", self.name, k.reason))
+        if strict and missed:
             listed = "; ".join(f"{k.node}: {k.reason}" for k in missed[:10])
             raise LoweringError(f"{len(missed)} of {len(program.kernels())} quantized operations have no CUDA kernel: {listed}")
         return program
@@ -54,7 +57,8 @@ class Cupy:
             "the cupy backend writes no files: export with backend='onnxruntime', or keep the converted graph and lower it again"
         )
 
-    def _device(self) -> torch.device:
+    def target_device(self) -> torch.device:
+        """Where programs run. Raises LoweringError where there is neither a GPU nor the emulator."""
         if self.device is not None:
             return torch.device(self.device)
         if emulated() is not None:

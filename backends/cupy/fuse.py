@@ -99,7 +99,9 @@ def _bare(node: Node) -> _Normal | None:
 def _with_parameter(node: Node) -> _Normal | None:
     """norm(x) * weight, norm(x) + bias"""
     op = view(Elementwise, node)
-    for inner, parameter in itertools.permutations(op.inputs) if op is not None and len(op.inputs) == 2 else ():
+    if op is None or len(op.inputs) != 2:
+        return None
+    for inner, parameter in itertools.permutations(op.inputs):
         if isinstance(inner, Node) and isinstance(parameter, Node) and len(inner.users) == 1 and const_value(parameter) is not None:
             norm = _normal(inner)
             if norm is None or norm.bias is not None:

@@ -1,6 +1,7 @@
 """Passes that turn a converted graph, of either dialect, into one whose quantized operations are torch.ops.qgraph_cuda.* (see ops.py).
 
-turn_weights -> fold_pad -> absorb_activation -> fuse_dequant_matmul -> rows_in_integers -> merge_equal -> fuse_norm_quantize -> fuse_act_quantize -> claim_kernels
+    turn_weights -> fold_pad -> absorb_activation -> fuse_dequant_matmul -> rows_in_integers -> merge_equal
+    -> fuse_norm_quantize -> fuse_act_quantize -> claim_kernels
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from qgraph.passes.merge_equal import MergeEqual
 from qgraph.pipeline import Pass
 
 
-def legalize(rows: int | None = None) -> tuple[Pass, ...]:
+def lowering_passes(rows: int | None = None) -> tuple[Pass, ...]:
     """`rows`: how many rows the linears will see, see `policy`; None keeps the formats of the graph."""
     return (
         TurnWeights(),

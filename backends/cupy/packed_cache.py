@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import io
 from collections.abc import Callable, Mapping
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -32,7 +33,8 @@ def packed(make: Callable[..., Mapping[str, Tensor]], *operands: Tensor | str | 
             path.unlink(missing_ok=True)  # cut short by a full disk; it is made again
     found = make(*operands)
     buffer = io.BytesIO()
-    np.savez(buffer, **{name: tensor.numpy() for name, tensor in found.items()})
+    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in found.items()}
+    np.savez(buffer, **arrays)
     keep(path, buffer.getvalue())
     return found
 
@@ -45,5 +47,5 @@ def _identity(operand: Tensor | str | int | torch.dtype | None) -> bytes:
     if not isinstance(operand, Tensor):
         return repr(operand).encode()
     array = operand.detach().cpu().contiguous().numpy()
-    digest = hashlib.blake2b(memoryview(array.reshape(-1).view(np.uint8)), digest_size=32).digest()
+    digest = hashlib.blake2b(array.reshape(-1).view(np.uint8).data, digest_size=32).digest()
     return repr((array.dtype.str, array.shape)).encode() + digest

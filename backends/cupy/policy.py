@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -60,19 +60,17 @@ class RowsInIntegers(Pass):
         return rw.call(Q.quantized_linear.default, q, x_scale, None, ROWS.dtype, w, scale, None, WEIGHT.dtype, got["bias"], like=m.root)
 
 
-def _as_int8(rw: Rewriter, got: dict[str, Node]) -> tuple[Node, Node]:
+def _as_int8(rw: Rewriter, got: dict[str, Any]) -> tuple[Node, Node]:
     """The weight as int8 [N, K] and its scale [N]; as it is, where it has that form already."""
     q, scale, zero = (None if got[k] is None else const_value(got[k]) for k in ("weight", "scale", "zero_point"))
     if q is None or scale is None or (got["zero_point"] is not None and zero is None):
         rw.decline("the weight is not constant")
     if got["dtype"] == "int8" and zero is None and scale.dim() <= 1:
         return got["weight"], got["scale"]
-    new_scale, codes = _requantized(reference.dequantize(q, scale, zero, str(got["dtype"]), *_axis(scale, int(str(got["group"])))))
+    new_scale, codes = _requantized(
+        reference.dequantize(q, scale, zero, got["dtype"], reference.weight_axis(scale, got["group"]), got["group"])
+    )
     return rw.const(codes, name=str(got["weight"].target)), rw.const(new_scale.to(scale.dtype), name=str(got["scale"].target))
-
-
-def _axis(scale: Tensor, group: int) -> tuple[int | None, int]:
-    return reference.weight_axis(scale, group), group
 
 
 def _requantized(w: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from qgraph.views import Conv, Dequantize, Embedding, Linear, Lookup, view, view
 
 NAMESPACE = "qgraph_cuda"
 
-FUSED = {
+FUSED: dict[Any, str] = {
     Q.dequant_linear.default: "weight-only linear",
     Q.quantized_linear.default: "integer linear",
     Q.dequant_conv.default: "weight-only convolution",

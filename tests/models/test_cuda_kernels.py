@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import qgraph
-from qgraph.backends.cupy import legalize
+from qgraph.backends.cupy import lowering_passes
 from qgraph.backends.cupy.emulate import emulation
 from qgraph.edit import copy_graph
 from qgraph.pipeline import Pipeline
@@ -33,7 +33,7 @@ def test_an_encoder_in_integers_is_its_reference_program(recipe, bound):
     ids, mask = (torch.from_numpy(array[:1, :16].copy()) for array in model.evaluation.values())
     kernels, found, error = lowered(gm, ids, mask)
     assert (kernels["w8a8_linear"], kernels["norm_quantize"], kernels["act_quantize"], kernels["embedding_dequantize"]) == (36, 12, 6, 3)
-    *fusions, _ = legalize()
+    *fusions, _ = lowering_passes()
     fused = copy_graph(gm)
     Pipeline(*fusions).run(fused)
     with emulation(), torch.no_grad():  # norms and activations are kernels already

@@ -60,6 +60,17 @@ def test_no_access_leaves_the_tensors(k):
     agree(values(7, k, dtype=HALF), values(7, k, dtype=HALF, seed=1), "silu", "uint8", False, checked=True)
 
 
+@pytest.mark.parametrize("act", ["silu", "gelu"])
+def test_elements_are_rounded_as_vectors_are(act):
+    """Rows of 7 have no whole vector; with a zero behind them they are one."""
+    gate, up = (values(64, 7, dtype=HALF, seed=seed) for seed in (0, 1))
+    with emulation():
+        q, scale, *_ = K.act_quantize(gate, up, act, None, None, "int8", True, False)
+        wide, expected, *_ = K.act_quantize(F.pad(gate, (0, 1)), F.pad(up, (0, 1)), act, None, None, "int8", True, False)
+    assert torch.equal(scale, expected)
+    assert torch.equal(q, wide[:, :7])
+
+
 def test_large_arguments_saturate_as_torch_has_it():
     gate = torch.tensor([[torch.nan, -3e38, 3e38, -100.0, 100.0, -50.0, 50.0, 0.0, -0.0]])
     scale = torch.tensor(0.5)

@@ -137,6 +137,8 @@ def test_what_was_prepared_for_another_backend_says_what_torch_runs():
         program = qgraph.lower(gm, backend="cupy")
         missed = [k for k in program.kernels() if not k.fused]
         assert [(k.became, k.promised) for k in missed] == [("torch", "integer convolution")]
+        (said,) = (e for e in program.gm.meta["qgraph"].ledger if e.role == "kernel")
+        assert (said.decision, said.reason) == ("torch", missed[0].reason) and "one group" in said.reason
         torch.testing.assert_close(program(x), gm(x).detach(), rtol=1e-4, atol=1e-4)
         with pytest.raises(LoweringError, match="have no CUDA kernel: "):
             qgraph.lower(gm, backend="cupy", strict=True)

@@ -96,12 +96,12 @@ def test_a_row_of_equal_elements_and_one_with_a_nan():
 
 
 def test_what_is_read_once_comes_from_memory_once():
-    """Beyond the weights, which each row asks of the cache."""
-    x, residual, weight = (values(*shape, dtype=HALF, seed=i) for i, shape in enumerate([(8, 1024), (8, 1024), (1024,)]))
+    """Beyond the weights, which each row asks of the cache. Rows of several warps, whose sums share an array without a race."""
+    x, residual, weight = (values(*shape, dtype=HALF, seed=i) for i, shape in enumerate([(8, 2048), (8, 2048), (2048,)]))
     for rest, keep_y in ((None, False), (residual, True)):
         with emulation(checked=True) as run:
-            K.norm_quantize(x, rest, weight, None, 1e-6, False, None, None, "int8", True, False, keep_y)
-        (_, profile), least = run.profiles[0], work(8, 1024, HALF, residual=rest is not None, keep_y=keep_y).bytes
+            K.norm_quantize(x, rest, weight, None, 1e-6, True, None, None, "int8", True, False, keep_y)
+        (_, profile), least = run.profiles[0], work(8, 2048, HALF, residual=rest is not None, keep_y=keep_y).bytes
         assert (profile.unique, profile.sector_efficiency, profile.bank_conflicts) == (least, 1.0, 0)
         assert profile.traffic - 7 * weight.nbytes <= 1.05 * least
 

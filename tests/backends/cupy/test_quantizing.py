@@ -109,7 +109,7 @@ def test_each_row_may_have_its_own_scale_and_zero_point():
     equal(q, reference.quantize(x, scale, zero, "uint8", -1, -1))
 
 
-@pytest.mark.parametrize("shape", [(), (0,), (3, 5), (2, 50, 83), (40, 1001), (64, 2048)])
+@pytest.mark.parametrize("shape", [(), (0,), (3, 5), (2, 50, 83), (41, 1001), (64, 2048)])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_tensor_gets_one_scale_from_its_range(shape, symmetric):
     x = uneven(*shape) if shape else torch.tensor(-3.0, dtype=HALF)
@@ -118,6 +118,14 @@ def test_a_tensor_gets_one_scale_from_its_range(shape, symmetric):
             found = K.quantize_tensor(x, dtype, symmetric)
         for ours, expected in zip(found, reference.dynamic_quantize(x, dtype, symmetric), strict=True):
             equal(ours, expected)
+
+
+def test_the_ragged_end_of_a_tensor_counts_for_its_range():
+    x = torch.randn(41, 1001, dtype=HALF)
+    x[-1, -1] = 99
+    with emulation():
+        _, scale, _ = K.quantize_tensor(x, "int8", True)
+    assert scale == torch.tensor(99 / 127, dtype=HALF)
 
 
 def test_a_tensor_so_small_that_its_scale_is_zero():
