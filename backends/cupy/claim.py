@@ -46,7 +46,21 @@ def quantize(m: Match, rw: Rewriter) -> Node:
     _float_type(rw, got["x"])
     if got["axis"] is not None:
         rw.decline(f"the kernel quantizes with one scale, not with scales along axis {got['axis']}")
-    return rw.call(K.quantize_static.default, got["x"], got["scale"], got["zero_point"], got["dtype"], like=m.root)
+    return rw.call(K.quantize_static.default, got["x"], *static_parameters(rw, got["scale"], got["zero_point"]), got["dtype"], like=m.root)
+
+
+def static_parameters(rw: Rewriter, scale: Node, zero_point: Node | None) -> tuple[Node, Node | None]:
+    """As the row kernels read them, float32 and int32, so that no conversion is launched; those that are not stored stay as they are."""
+    wide = scale if const_value(scale) is None else rw.const(scale, _float32)
+    return wide, zero_point if zero_point is None or const_value(zero_point) is None else rw.const(zero_point, _int32)
+
+
+def _float32(value: Tensor) -> Tensor:
+    return value.to(torch.float32)
+
+
+def _int32(value: Tensor) -> Tensor:
+    return value.to(torch.int32)
 
 
 @rule(Op(Q.dynamic_quantize.default))

@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 from qgraph import chains
 from qgraph.backends.cupy import act_quantize, norm_quantize  # noqa: F401  (register their ops)
 from qgraph.backends.cupy.act_quantize import ACTS
+from qgraph.backends.cupy.claim import static_parameters
 from qgraph.backends.cupy.launch import TYPES
 from qgraph.backends.cupy.ops import K
 from qgraph.edit import erase, graph_modules, redirect
@@ -141,7 +142,7 @@ class FuseNormQuantize(Pass):
         total = _residual_sum(norm)
         rw = Rewriter(gm, root.next, by=self.name)
         x, residual = (norm.x, None) if total is None else total.inputs
-        scale, zero = (None if p is None else rw.const(p) for p in (asked.scale, asked.zero_point))
+        scale, zero = (None, None) if asked.scale is None else static_parameters(rw, asked.scale, asked.zero_point)
         found = rw.call(
             K.norm_quantize.default, x, residual, norm.weight, norm.bias, norm.eps, norm.layer, scale, zero, asked.dtype, asked.symmetric,
             False, kept, origin=root,
@@ -208,7 +209,8 @@ def act_before_quantize(m: Match, rw: Rewriter) -> Node | tuple[Node, ...] | Non
     kind, gate, up = found
     if len(asked.x.users) > 1:
         rw.decline(f"%{asked.x.name} is read as floats, too")
-    q = rw.call(K.act_quantize.default, gate, up, kind, asked.scale, asked.zero_point, asked.dtype, asked.symmetric, False)
+    scale, zero = (None, None) if asked.scale is None else static_parameters(rw, asked.scale, asked.zero_point)
+    q = rw.call(K.act_quantize.default, gate, up, kind, scale, zero, asked.dtype, asked.symmetric, False)
     return rw.call(operator.getitem, q, 0) if asked.scale is not None else tuple(rw.call(operator.getitem, q, i) for i in range(3))
 
 

@@ -106,7 +106,7 @@ def _scale(dtype: torch.dtype) -> str:
 
 
 def _reduce(dtype: torch.dtype) -> Kernel:
-    return kernel("weight_reduce.cu", "weight_reduce", OUT=TYPES[dtype])
+    return kernel("weight_reduce.cu", "weight_reduce", expects=("LDG", "STG"), OUT=TYPES[dtype])
 
 
 KERNELS = (*(c.kernel(t, b) for c in CONFIGS for t in TYPES for b in BITS if c != ROWS or t == torch.float32), *(_reduce(t) for t in TYPES))

@@ -44,8 +44,8 @@ def lowered(net: torch.nn.Module, recipe: str, **options: object) -> tuple[torch
 @pytest.mark.parametrize(
     ("recipe", "kernels", "tolerance"),
     [
-        ("w8a8", {"quantize_static", "w8a8_linear"}, 1e-5),
-        ("w8a8-token", {"quantize_rows", "w8a8_linear"}, 1e-5),
+        ("w8a8", {"quantize_static", "norm_quantize", "w8a8_linear"}, 1e-5),
+        ("w8a8-token", {"quantize_rows", "norm_quantize", "w8a8_linear"}, 1e-5),
         ("w8a8-dynamic", {"quantize_tensor", "w8a8_linear"}, 1e-5),
         ("w4a16-g32", {"weight_only_linear"}, 1e-3),
     ],
@@ -83,7 +83,7 @@ def test_half_models_stay_half(net):
 
 def test_large_batches_multiply_integers_and_the_ledger_says_so(net):
     gm, program = lowered(net, "w4a16-g32", rows=64)
-    assert {k.became for k in program.kernels()} == {"quantize_rows", "w8a8_linear"}
+    assert {k.became for k in program.kernels()} == {"quantize_rows", "norm_quantize", "w8a8_linear"}
     said = [e for e in program.gm.meta["qgraph"].ledger if e.by == "rows_in_integers"]
     assert {(e.role, e.decision) for e in said} == {("x", "int8 sym per token dynamic"), ("weight", "int8 sym per axis 0")}
     (x,) = batches(1)[0]
