@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qgraph.errors import ModelError
+from qgraph.heap import give_back
 
 LARGE = 2**16
 """Bytes below which a constant stays in memory."""
@@ -30,6 +31,9 @@ RESIDENT = 2**28
 
 CHUNK = 2**28
 """Bytes of one file: one per tensor would be more than a process may have open."""
+
+TRIMMED = 2**24
+"""Bytes put into a file after which memory that was freed meanwhile goes back to the system."""
 
 _STATM = Path("/proc/self/statm")
 
@@ -68,7 +72,10 @@ class Store:
                 "name a folder with more in the variable TMPDIR"
             ) from error
         found = torch.from_numpy(self.bytes[self.end : self.end + count]).view(value.dtype).reshape(value.shape)
-        self.end += -(-count // 64) * 64
+        end = self.end + -(-count // 64) * 64
+        if end // TRIMMED > self.end // TRIMMED:
+            give_back()
+        self.end = end
         release()
         return found
 

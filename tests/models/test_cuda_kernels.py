@@ -44,7 +44,8 @@ def test_an_encoder_in_integers_is_its_reference_program(recipe, bound):
 @pytest.mark.slow
 def test_a_language_model_at_four_bits_is_its_reference_program():
     ids = torch.from_numpy(smollm2.windows()[1][:1, :16].copy())
-    gm = qgraph.quantize(smollm2.LogitsOnly(smollm2.causal_lm()), example_inputs=(ids,), recipe="w4a16-g128", backend="cupy")
+    recipe = qgraph.load_recipe("w4a16-g128", ["weight_range=minmax"])
+    gm = qgraph.quantize(smollm2.LogitsOnly(smollm2.causal_lm()), example_inputs=(ids,), recipe=recipe, backend="cupy")
     kernels, _, error = lowered(gm, ids)
     assert kernels == {"weight_only_linear": 211, "embedding_dequantize": 1}
     assert error < 1e-3

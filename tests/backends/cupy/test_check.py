@@ -146,8 +146,9 @@ def test_every_kernel_says_which_instructions_it_is_about():
 @compiles
 @pytest.mark.slow
 def test_no_kernel_spills_and_each_holds_its_instructions():
-    """Each kernel for one architecture in turn; the command takes all of them."""
-    found = kernels()
+    """Those of half, and those without a float type, each for one architecture in turn; the command takes all of them."""
+    found = [k for k in kernels() if not {"float", "__nv_bfloat16"} & {v for name, v in k.defines if name in ("REAL", "OUT")}]
+    assert len(found) > 60
     problems = [
         f"{c.kernel.name} {configuration(c.kernel)} sm_{c.arch}: {p}"
         for i, arch in enumerate(ARCHS)
