@@ -66,7 +66,10 @@ def test_the_table_of_passes_has_them_all():
 
 @pytest.mark.parametrize(
     ("section", "module", "passes"),
-    [("How `onnxruntime` lowers", legalize, legalize.LEGALIZE), ("Raw CUDA kernels: `cupy`", cuda_legalize, cuda_legalize.lowering_passes())],
+    [
+        ("How `onnxruntime` lowers", legalize, legalize.LEGALIZE),
+        ("Raw CUDA kernels: `cupy`", cuda_legalize, cuda_legalize.lowering_passes()),
+    ],
 )
 def test_the_passes_of_a_backend_are_listed_in_their_order(section, module, passes):
     names = [p.name for p in passes]

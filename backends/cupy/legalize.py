@@ -1,7 +1,7 @@
 """Passes that turn a converted graph, of either dialect, into one whose quantized operations are torch.ops.qgraph_cuda.* (see ops.py).
 
-    turn_weights -> fold_pad -> absorb_activation -> fuse_dequant_matmul -> rows_in_integers -> merge_equal
-    -> fuse_norm_quantize -> fuse_act_quantize -> claim_kernels
+turn_weights -> fold_pad -> absorb_activation -> fuse_dequant_matmul -> rows_in_integers -> merge_equal
+-> fuse_norm_quantize -> fuse_act_quantize -> claim_kernels
 """
 
 from __future__ import annotations

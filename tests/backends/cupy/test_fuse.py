@@ -22,7 +22,9 @@ class Block(torch.nn.Module):
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         h = x + y
         n = self.norm(h)
-        gate = torch.nn.functional.silu(self.gate(n)) if self.act == "silu" else torch.nn.functional.gelu(self.gate(n), approximate=self.act)
+        gate = (
+            torch.nn.functional.silu(self.gate(n)) if self.act == "silu" else torch.nn.functional.gelu(self.gate(n), approximate=self.act)
+        )
         return h + n * 0.5 + self.down(gate * self.up(n))
 
 
@@ -58,7 +60,9 @@ def test_a_norm_with_its_residual_sum_is_one_kernel_that_writes_what_else_is_rea
     fused, expected = copy_graph(gm), gm(*inputs).detach()
     assert FuseNormQuantize().run(fused, Context()) == 1
     kept = names(fused)
-    assert kept.count("norm_quantize") == 1 and not {"layer_norm", "rms_norm"} & set(kept) and kept.count("add") == names(gm).count("add") - 1
+    assert (
+        kept.count("norm_quantize") == 1 and not {"layer_norm", "rms_norm"} & set(kept) and kept.count("add") == names(gm).count("add") - 1
+    )
     (node,) = (n for n in fused.graph.nodes if "norm_quantize" in str(n.target))
     assert sorted(u.args[1] for u in node.users)[-2:] == [4, 5]  # the sum and the norm are read as floats, too
     with emulation(), torch.no_grad():
