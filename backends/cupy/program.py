@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from qgraph.backend import Kernel
+from qgraph.backends.cupy.ops import K
 from qgraph.edit import add_constant, graph_modules
 from qgraph.errors import LoweringError
 from qgraph.onnx_values import to_numpy
@@ -21,7 +22,7 @@ from qgraph.ops import Q
 from qgraph.rewriter import Decline
 from qgraph.text import path_of
 from qgraph.types import attribute
-from qgraph.views import Conv, Dequantize, Embedding, Linear, Lookup, view, view_any
+from qgraph.views import Conv, Dequantize, Embedding, Linear, Lookup, const_value, view, view_any
 
 NAMESPACE = "qgraph_cuda"
 
@@ -90,9 +91,14 @@ def _kernel(node: Node, reasons: dict[str, list[str]]) -> Kernel | None:
 def _stored_weight(node: Node) -> str | None:
     """What a node is that reads a quantized weight as floats."""
     v = view_any((Linear, Conv, Embedding), node)
-    if v is None or (view(Dequantize, v.weight) or view(Lookup, v.weight)) is None:
-        return None
-    return {Linear: "linear", Conv: "convolution", Embedding: "embedding"}[type(v)]
+    return {Linear: "linear", Conv: "convolution", Embedding: "embedding"}[type(v)] if v is not None and _is_stored(v.weight) else None
+
+
+def _is_stored(weight: Node) -> bool:
+    """Dequantized from a constant, by the reference's op or by the kernel."""
+    v = view(Dequantize, weight) or view(Lookup, weight)
+    codes = v.q if v is not None else weight.args[0] if weight.target is K.dequantize.default else None
+    return isinstance(codes, Node) and const_value(codes) is not None
 
 
 def move(gm: GraphModule, device: torch.device) -> None:

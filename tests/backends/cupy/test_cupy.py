@@ -144,6 +144,18 @@ def test_what_was_prepared_for_another_backend_says_what_torch_runs():
             qgraph.lower(gm, backend="cupy", strict=True)
 
 
+@pytest.mark.parametrize(("recipe", "dequantized_by"), [("w8a16", None), ("w8a16-tensor", "dequantize")])
+def test_a_weight_that_torch_reads_as_floats_is_a_miss_whatever_dequantizes_it(recipe, dequantized_by):
+    x = torch.randn(1, 4, 9, 9)
+    gm = qgraph.quantize(torch.nn.ConvTranspose2d(4, 6, 3).eval(), example_inputs=(x,), recipe=recipe, backend="reference")
+    with emulation():
+        program = qgraph.lower(gm, backend="cupy")
+        torch.testing.assert_close(program(x), gm(x).detach())
+    missed = [k for k in program.kernels() if not k.fused]
+    assert [(k.promised, k.became) for k in missed] == [("convolution", "torch")]
+    assert [k.became for k in program.kernels() if k.fused] == ([dequantized_by] if dequantized_by else [])
+
+
 def test_without_a_device_the_error_names_the_emulator(net, monkeypatch):
     monkeypatch.delenv("QGRAPH_CUDA", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
