@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from qgraph.onnx_fast import fast
 from qgraph.onnx_proto import densify
-from qgraph.onnx_values import from_ir
+from qgraph.onnx_values import from_ir, on_default_device
 
 
 def _ints(given: Tensor | None, attribute: Sequence[int] | None) -> list[int] | None:
@@ -42,7 +42,8 @@ def constant(
     """A tensor is converted once and kept on the operator, which exists for this constant alone."""
     value = densify(sparse_value.sparse_tensor) if sparse_value is not None else value
     if value is not None:
-        return op.__dict__["_constant"] if "_constant" in op.__dict__ else op.__dict__.setdefault("_constant", from_ir(value))
+        found = op.__dict__["_constant"] if "_constant" in op.__dict__ else op.__dict__.setdefault("_constant", from_ir(value))
+        return on_default_device(found)
     if value_float is not None or value_floats is not None:
         return torch.tensor(value_float if value_floats is None else value_floats, dtype=torch.float32)
     if value_int is not None or value_ints is not None:
@@ -52,7 +53,7 @@ def constant(
 
 @fast("ConstantOfShape")
 def constant_of_shape(op: Any, shape: Tensor, *, value: ir.TensorProtocol | None = None) -> Any:
-    fill = torch.zeros(1) if value is None else from_ir(value)
+    fill = torch.zeros(1) if value is None else on_default_device(from_ir(value))
     return fill.reshape(()).repeat(shape.tolist()) if isinstance(fill, Tensor) else NotImplemented
 
 

@@ -118,7 +118,12 @@ def from_reference(value: Any) -> Any:
         return value
     if isinstance(value, (list, tuple)):
         return [from_reference(v) for v in value]
-    return from_numpy(np.asarray(value))
+    return on_default_device(from_numpy(np.asarray(value)))
+
+
+def on_default_device(value: Any) -> Any:
+    """A tensor that an operation has made out of numbers, where torch would make it (`with torch.device("cuda")`)."""
+    return value.to(torch.get_default_device()) if isinstance(value, torch.Tensor) else value
 
 
 def tensor_array(tensor: ir.TensorProtocol) -> np.ndarray[Any, Any]:

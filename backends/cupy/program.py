@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,9 +59,13 @@ class Program:
         leaves = pytree.tree_leaves((inputs, named))
         arrays = any(isinstance(v, np.ndarray) for v in leaves)
         args, kwargs = pytree.tree_map(self._tensor, (inputs, named))
-        with torch.no_grad():
+        with torch.no_grad(), self._placing():
             found = self.gm(*args, **kwargs)
         return pytree.tree_map_only(Tensor, lambda t: to_numpy(t.cpu()), found) if arrays else found
+
+    def _placing(self) -> AbstractContextManager[Any]:
+        """ONNX operations make tensors out of sizes and attributes: on this device, beside the others."""
+        return self.device if "onnx_graph" in self.gm.meta else nullcontext()
 
     def _tensor(self, value: Any) -> Any:
         value = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
