@@ -126,11 +126,14 @@ class Tile:
 
 @dataclass(frozen=True)
 class Config:
-    """tile: w8a8_gemm, K in `splits`; None: w8a8_dp4a with `rows` rows of x at once."""
+    """tile: w8a8_gemm, K in `splits`; None: w8a8_dp4a with `rows` rows of x at once, whose blocks have `outputs` columns at a time and keep
+    x for `rounds` of them."""
 
     tile: Tile | None = None
     splits: int = 1
     rows: int = 0
+    outputs: int = 32
+    rounds: int = 1
 
 
 LARGE = Tile(128, 128, 64, warps_m=2, warps_n=2, stages=3)
@@ -138,9 +141,11 @@ MEDIUM = Tile(64, 128, 64, warps_m=2, warps_n=2, stages=4)
 SMALL = Tile(16, 128, 128, warps_m=1, warps_n=4, stages=3)
 TILES = (LARGE, MEDIUM, SMALL)
 ROWS = (1, 2, 4, 8)
-OUTPUTS = 32
-"""Columns of a block of w8a8_dp4a."""
-DP4A_BLOCK = 256
+NARROW, WIDE = 32, 64
+"""Columns of a block of w8a8_dp4a at a time: 8 threads for each."""
+ROUNDS = 3
+"""Of a wide block at most, as w8a8_dp4a.cu has room for their sums."""
+ROW_SUMS_BLOCK = 256
 RESIDENT = 2
 """Blocks of w8a8_gemm on a multiprocessor at least."""
 
@@ -177,11 +182,24 @@ def choose(m: int, n: int, k: int, *, arch: int = 80, sms: int = 108) -> Config:
     """What was tuned for the shape (autotune.py), else: dp4a below 9 rows and before sm_80; the smallest tile that holds all rows; the
     medium one also where large ones would leave multiprocessors idle. K is split until there are blocks for all of them."""
     if m <= ROWS[-1] or arch < 80:
-        return Config(rows=next(r for r in ROWS if m <= r or r == ROWS[-1]))
+        found = vectors(m, n, sms=sms)
+        return preferred("w8a8", (bucket(m), n, k), found) or found[0]
     if (tuned := preferred("w8a8", (bucket(m), n, k), candidates(m, n, k, sms=sms))) is not None:
         return tuned
     small = SMALL if m <= SMALL.m else MEDIUM
     return split(LARGE if m > MEDIUM.m and LARGE.blocks(m, n) >= sms else small, m, n, k, sms)
+
+
+def vectors(m: int, n: int, *, sms: int = 108) -> tuple[Config, ...]:
+    """Configurations of w8a8_dp4a, the likelier first.
+
+    Narrow blocks read x again for each 32 columns: for one row that is 3 % of the weight. Wide ones, for several rows, take the registers
+    of a multiprocessor and go on with the same x. They come first where half of the multiprocessors get one, enough to keep memory busy."""
+    rows, blocks = next(r for r in ROWS if m <= r or r == ROWS[-1]), _ceil(n, WIDE)
+    narrow, wide = Config(rows=rows, outputs=NARROW), Config(rows=rows, outputs=WIDE, rounds=min(_ceil(blocks, sms), ROUNDS))
+    if rows == 1:
+        return (narrow,)
+    return (wide, narrow) if 2 * blocks >= sms else (narrow, wide)
 
 
 def candidates(m: int, n: int, k: int, *, sms: int = 108) -> tuple[Config, ...]:
@@ -277,7 +295,8 @@ def launch(config: Config, y: Tensor, x: Tensor, weight: Tensor, finish: tuple[A
         launch_gemm(config.tile, config.splits, y, x, weight, m, finish)
         return
     n = weight.shape[0]
-    dp4a(config.rows)((_ceil(n, OUTPUTS), _ceil(m, config.rows)), DP4A_BLOCK, y, x, weight, m, n, k, *finish)
+    grid = (_ceil(n, config.outputs * config.rounds), _ceil(m, config.rows))
+    dp4a(config.rows)(grid, 8 * config.outputs, y, x, weight, m, n, k, config.rounds, *finish)
 
 
 def launch_gemm(
@@ -313,7 +332,7 @@ def _rows(x: Tensor, k: int) -> Tensor:
 def _row_sums(rows: Tensor) -> Tensor:
     m, k = rows.shape
     sums = torch.empty(m, dtype=torch.int32, device=rows.device)
-    ROW_SUMS((_ceil(m, DP4A_BLOCK // 32),), DP4A_BLOCK, sums, rows, m, k, int(rows.dtype == torch.uint8))
+    ROW_SUMS((_ceil(m, ROW_SUMS_BLOCK // 32),), ROW_SUMS_BLOCK, sums, rows, m, k, int(rows.dtype == torch.uint8))
     return sums
 
 

@@ -2,24 +2,39 @@
 //
 //   X [M, K] int8 or uint8, W [N, K] int8, K a multiple of 16 (padded with zeros), y [M, N]; addresses are multiples of 16.
 //
-// Partition. Grid (groups of 32 outputs, groups of ROWS rows); 8 warps of 4 outputs; the lanes of a warp share out K:
+// Partition. Grid (columns of y, groups of ROWS rows). A block has 8 or 16 warps of 4 outputs each, and goes through its columns in
+// `rounds` of so many; the lanes of a warp share out K:
 //
 //                K ->  lane 0 | lane 1 | ... | lane 31 | lane 0 | ...     16 bytes each
 //   W   n + 0         [======= 512 bytes of one row ===][=======          4 loads of 16 bytes, kept out of L1
 //       n + 1..3      ...
-//   X   ROWS rows     staged in shared memory, CHUNK bytes of each at once, for the 32 outputs of the block
+//   X   ROWS rows     staged in shared memory for all warps, CHUNK bytes of each at once; for all rounds, if that is all of K
 //
 // Ladder: 1. A thread an output: neighbouring lanes read addresses K apart.  2. A warp an output: coalesced, but x comes from memory for
-// each.  3. x staged for 32 outputs: its traffic is M / 32 of W's.  4. Four outputs to a warp: four loads in flight and each byte of x is
-// read from shared memory once for four.  5. ROWS rows at once: W is read once for all of them.  6. The 4 * ROWS sums of a
+// each.  3. x staged for the B outputs of a block: its traffic is M / B of W's.  4. Four outputs to a warp: four loads in flight and each
+// byte of x is read from shared memory once for four.  5. ROWS rows at once: W is read once for all of them.  6. The 4 * ROWS sums of a
 // warp are reduced together: each step halves what a lane holds, 31 shuffles for 32 sums instead of 160, and ends with one sum a lane.
+// 7. Sums meet in shared memory, so that a thread finishes a column, and whole sectors of parameters and of y are read and written once.
+// 8. Wide blocks for several rows where N is large (`vectors` in w8a8.py): B = 64, and up to three rounds.
+//
+// Traffic over the least possible, with every block's reads of x counted (they hit the second-level cache: memory sees x once), for N x K
+// and 108 multiprocessors:
+//
+//          1536 x 576   4096 x 4096   14336 x 4096
+//   M = 1        1.05          1.03           1.03      To stay below 1.05, several rows need B = 24 M or so. Blocks as wide, were N
+//   M = 2        1.08          1.03           1.02      small, would leave most multiprocessors idle, and splitting K instead costs
+//   M = 4        1.14          1.06           1.03      as much in partial sums. So there the bound is missed on purpose.
+//   M = 8        1.26          1.13           1.05
 //
 // Macros: ROWS (1, 2, 4, 8).
 #include "w8a8.cuh"
 using namespace w8a8;
 
-constexpr int WARPS = 8, OUTPUTS = 4, THREADS = 32 * WARPS, SUMS = ROWS * OUTPUTS;
-constexpr int CHUNK = ROWS <= 4 ? 4096 : 2048;
+constexpr int OUTPUTS = 4, SUMS = ROWS * OUTPUTS;   // of a warp; of a lane
+constexpr int THREADS = ROWS == 1 ? 256 : 512;      // at most
+constexpr int ROUNDS = ROWS == 1 ? 1 : 3;           // at most: w8a8.py's
+constexpr int CHUNK = ROWS <= 4 ? 8192 : 5120;      // with the sums, 48 KiB at most: blocks of 8 warps have room for two in 100 KiB
+constexpr int PITCH = SUMS | 4;                     // of a warp's sums, so that the finishing threads meet all banks
 static_assert(SUMS <= 32 && (SUMS & (SUMS - 1)) == 0, "a lane ends with one sum");
 
 // sums[r * OUTPUTS + o] of all lanes added up: lane l gets that of index l / (32 / SUMS).
@@ -60,45 +75,66 @@ QG_DEVICE void multiply(int (&sums)[SUMS], const unsigned char *staged, const un
   }
 }
 
-template <class Out> QG_DEVICE Out result(const Finish &f, int sum, int m, int n) {
-  const Row row = f.row(m);
+// Column n of `count` rows of y, from their sums [ROWS][OUTPUTS].
+template <class Out> QG_DEVICE void finish(Out *y, const Finish &f, const int *sums, const Row *rows, int count, int n, int N) {
   const Columns<1> c = f.column(n);
   const Result<Out> result(f);
-  return result.of(corrected(sum, row, c, 0), result.factor(__fmul_rn(row.scale, c.scale[0])), c.bias[0]);
+  for (int r = 0; r < count; r++) {
+    const int sum = corrected(sums[r * OUTPUTS], rows[r], c, 0);
+    y[(size_t)r * N + n] = result.of(sum, result.factor(__fmul_rn(rows[r].scale, c.scale[0])), c.bias[0]);
+  }
 }
 
-QG_KERNEL __launch_bounds__(THREADS, 2) w8a8_dp4a(void *y, const unsigned char *x, const unsigned char *w, int M, int N, int K,
-                                                        W8A8_FINISH) {
-  __shared__ __align__(16) unsigned char staged[ROWS * CHUNK];
-  const Finish f W8A8_FINISH_GIVEN;
-  const int lane = threadIdx.x % 32, n0 = (blockIdx.x * WARPS + threadIdx.x / 32) * OUTPUTS, m0 = blockIdx.y * ROWS;
-  const unsigned char *rows[OUTPUTS];
-  QG_UNROLL for (int o = 0; o < OUTPUTS; o++) rows[o] = w + (size_t)min(n0 + o, N - 1) * K;   // beyond N: a row that exists, not stored
-  int sums[SUMS] = {};
-  for (int k = 0; k < K; k += CHUNK) {
-    const int bytes = min(CHUNK, K - k);
-    if (k > 0) __syncthreads();
-    for (int i = threadIdx.x; i < ROWS * (CHUNK / 16); i += THREADS) {
-      const int r = i / (CHUNK / 16), at = i % (CHUNK / 16) * 16;
-      if (at < bytes) store16(staged + r * CHUNK + at, m0 + r < M ? load16(x + (size_t)(m0 + r) * K + k + at) : make_uint4(0, 0, 0, 0));
-    }
-    __syncthreads();
-    if (f.is(X_UNSIGNED)) multiply<true>(sums, staged, rows, bytes, lane);
-    else multiply<false>(sums, staged, rows, bytes, lane);
-    QG_UNROLL for (int o = 0; o < OUTPUTS; o++) rows[o] += CHUNK;
+// x[m0 .. m0 + ROWS)[k .. k + bytes) to shared memory, zeros where there are no rows.
+QG_DEVICE void stage(unsigned char *staged, const unsigned char *x, int m0, int M, int k, int bytes, int K) {
+  for (int i = threadIdx.x; i < ROWS * (CHUNK / 16); i += blockDim.x) {
+    const int r = i / (CHUNK / 16), at = i % (CHUNK / 16) * 16;
+    if (at < bytes) store16(staged + r * CHUNK + at, m0 + r < M ? load16(x + (size_t)(m0 + r) * K + k + at) : make_uint4(0, 0, 0, 0));
   }
-  const int sum = reduce(sums, lane), index = lane / (32 / SUMS), m = m0 + index / OUTPUTS, n = n0 + index % OUTPUTS;
-  if (lane % (32 / SUMS) != 0 || m >= M || n >= N) return;
-  const size_t to = (size_t)m * N + n;
-  if (y_scale != nullptr) ((uint8_t *)y)[to] = result<uint8_t>(f, sum, m, n);
-  else if (f.y_type() == HALF) ((__half *)y)[to] = result<__half>(f, sum, m, n);
-  else if (f.y_type() == BFLOAT) ((__nv_bfloat16 *)y)[to] = result<__nv_bfloat16>(f, sum, m, n);
-  else ((float *)y)[to] = result<float>(f, sum, m, n);
+}
+
+QG_KERNEL __launch_bounds__(THREADS, ROWS == 1 ? 3 : 1) w8a8_dp4a(void *y, const unsigned char *x, const unsigned char *w, int M, int N,
+                                                                   int K, int rounds, W8A8_FINISH) {
+  __shared__ __align__(16) unsigned char staged[ROWS * CHUNK];
+  __shared__ int found[ROUNDS * (THREADS / 32) * PITCH];   // sums of each round and warp: [ROWS][OUTPUTS]
+  __shared__ Row parameters[ROWS];
+  const Finish f W8A8_FINISH_GIVEN;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, m0 = blockIdx.y * ROWS, count = min(ROWS, M - m0);
+  if (threadIdx.x < count) parameters[threadIdx.x] = f.row(m0 + threadIdx.x);
+  const int columns = rounds * warps * OUTPUTS, first = blockIdx.x * columns;
+  for (int slot = warp; slot < rounds * warps; slot += warps) {
+    const unsigned char *rows[OUTPUTS];   // beyond N: one that exists
+    QG_UNROLL for (int o = 0; o < OUTPUTS; o++) rows[o] = w + (size_t)min(first + slot * OUTPUTS + o, N - 1) * K;
+    int sums[SUMS] = {};
+    for (int k = 0; k < K; k += CHUNK) {
+      const int bytes = min(CHUNK, K - k);
+      if (K > CHUNK || slot == warp) {   // not there yet
+        __syncthreads();
+        stage(staged, x, m0, M, k, bytes, K);
+        __syncthreads();
+      }
+      if (f.is(X_UNSIGNED)) multiply<true>(sums, staged, rows, bytes, lane);
+      else multiply<false>(sums, staged, rows, bytes, lane);
+      QG_UNROLL for (int o = 0; o < OUTPUTS; o++) rows[o] += CHUNK;
+    }
+    const int sum = reduce(sums, lane);
+    if (lane % (32 / SUMS) == 0) found[slot * PITCH + lane / (32 / SUMS)] = sum;
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < min(columns, N - first); i += blockDim.x) {
+    const int *sums = found + i / OUTPUTS * PITCH + i % OUTPUTS;
+    const int n = first + i;
+    const size_t to = (size_t)m0 * N;
+    if (y_scale != nullptr) finish((uint8_t *)y + to, f, sums, parameters, count, n, N);
+    else if (f.y_type() == HALF) finish((__half *)y + to, f, sums, parameters, count, n, N);
+    else if (f.y_type() == BFLOAT) finish((__nv_bfloat16 *)y + to, f, sums, parameters, count, n, N);
+    else finish((float *)y + to, f, sums, parameters, count, n, N);
+  }
 }
 
 // sums[m] = sum_k X[m,k], for weights with zero points: a warp a row, 16 bytes a lane.
-QG_KERNEL __launch_bounds__(THREADS) w8a8_row_sums(int *sums, const unsigned char *x, int M, int K, int x_unsigned) {
-  const int lane = threadIdx.x % 32, m = blockIdx.x * WARPS + threadIdx.x / 32;
+QG_KERNEL __launch_bounds__(256) w8a8_row_sums(int *sums, const unsigned char *x, int M, int K, int x_unsigned) {
+  const int lane = threadIdx.x % 32, m = blockIdx.x * 8 + threadIdx.x / 32;
   if (m >= M) return;
   int sum = 0;
 #pragma unroll 2

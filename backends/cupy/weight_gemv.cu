@@ -4,15 +4,15 @@
 //   weight_reduce adds; ratio [groups, padded N] half, or float where x is float; row and bias [padded N] float. Sums are float, and so
 //   are the products: x is read as it is.
 //
-// Partition. Grid (outputs / 128, splits of K, rows / ROWS). A block has 8 warps; a warp has TILES tiles of 16 outputs (what its 16-byte
-// vectors hold: 1 for 4 and 8 bits, 2 for 2, 4 for 3), and where fewer than 8 warps cover the 128 outputs the others take other squares
-// of K:
+// Partition. Grid (outputs / 128, splits of K, rows / ROWS). A block has 8 warps and takes K in slabs of 1024 inputs; a warp has TILES
+// tiles of 16 outputs (1 for 8 bits, 2 for 2 and 4, 4 for 3; for 4 bits and several rows 1, which is what registers allow). Where fewer
+// than 8 warps cover the 128 outputs each takes its part of a slab, in one piece, so that few groups have two readers. 4 bits:
 //
 //             K ->  64 inputs                     in a warp: lane 4g + t has outputs 2g, 2g + 1 of each tile,
-//   N   +--------------------+----                and inputs 2t, 2t + 1, 2t + 8, 2t + 9 of each 16, for all rows of x.
-//   16  | warp 0: 512 bytes  | 512 bytes ...      x: a slab of 1024 inputs as floats in shared memory, the lane's four as 16 bytes.
-//   16  | warp 1             | ...
-//       | ...                |
+//   N   +----------------+------   +----------    and inputs 2t, 2t + 1, 2t + 8, 2t + 9 of each 16, for all rows of x.
+//   32  | warp 0: 1 KiB  | 1 ...   | warp 4 ...   x: the slab as floats in shared memory, the lane's four as 16 bytes; 16 bytes are
+//   32  | warp 1         | ...     | warp 5       left out behind 32 inputs, so that the stores of a warp meet all banks.
+//       | ...            |         |
 //
 // Ladder: 1. a thread for each output, byte by byte: 1/32 of each sector is used.  2. A warp for each output, 4-byte loads, a reduction of
 // five shuffles: coalesced, but x is read again for each output.  3. The fragment-ordered layout: 16 bytes a lane, 512 a warp, 128 outputs
@@ -21,25 +21,31 @@
 // number 0x4300, widened); 128 + zero leaves the sum as a product with the sum of x, which is known for each 32 inputs:
 //   sum (code - zero) x = sum (128 + code) x - (128 + zero) sum x.
 // Two multiplications for 32 inputs apply the scale. Arithmetic per weight: 1.4 + 1.2 ROWS instructions. (8 bits: the magic number is
-// 32768, too large to leave in the sums; it is subtracted at once.)
+// 32768, too large to leave in the sums; it is subtracted at once.)  6. Two tiles of 4 bits to a warp: its 32 zero points fill a sector,
+// and x is read from shared memory half as often.
+//
+// Traffic over the least possible, 1 x 1024 x 4096, x half, groups of 128 with zero points, every block's reads of x and the partial sums
+// counted: 8 bits 1.03, 4 bits 1.04, 3 bits 1.05, 2 bits 1.08. Both terms are the larger against the weight the shorter its codes; blocks
+// of more outputs for 2 bits would be too few for the multiprocessors, or more splits' sums would take what x gives.
 //
 // Macros: BITS, ROWS (1, 2, 4, 8), REAL (type of x and y), SCALE (type of ratio).
 #include "weight_codes.cuh"
 using namespace codes;
 
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
-constexpr int TILES = BITS == 3 ? 4 : BITS == 2 ? 2 : 1, VECTORS = BITS * TILES / 4;   // of a warp, in a square
+constexpr int TILES = BITS == 3 ? 4 : BITS == 2 || (BITS == 4 && ROWS == 1) ? 2 : 1;   // of a warp
+constexpr int VECTORS = BITS * TILES / 4;                                              // of a lane, in a square
 constexpr int OUTPUTS = 128, WARPS_N = OUTPUTS / (16 * TILES), WARPS_K = WARPS / WARPS_N;
-constexpr int UNROLL = VECTORS == 1 ? 4 : 2;
-constexpr int SLAB = 1024;                                       // inputs in shared memory
+constexpr int UNROLL = BITS == 4 || (BITS == 2 && ROWS == 1) ? 4 : 2;
+constexpr int SLAB = 1024, PITCH = 36;                           // inputs in shared memory; floats that 32 of them take
 constexpr int EACH = 16 / sizeof(REAL);                          // inputs in 16 bytes of x
 constexpr float MAGIC = BITS == 8 ? 0.f : 128.f;                 // of a decoded weight
 constexpr int BLOCKS = ROWS == 1 && TILES == 1 ? 3 : ROWS == 1 || TILES < 4 ? 2 : 1;   // on a multiprocessor: what the registers allow
 static_assert(WARPS_K * OUTPUTS <= SLAB, "the sums of the warps take the place of x");
 
 struct Slab {
-  float x[ROWS][SLAB];        // of each 16 inputs: those of lane t = 0, then 1, 2, 3
-  float sums[ROWS][SLAB / 32];   // a quarter of the sum of 32 inputs: each of four lanes subtracts it
+  float x[ROWS][SLAB / 32 * PITCH];   // of each 16 inputs: those of lane t = 0, then 1, 2, 3
+  float sums[ROWS][SLAB / 32];        // a quarter of the sum of 32 inputs: each of four lanes subtracts it
 };
 struct Weights { uint32_t word[4 * VECTORS]; };
 struct Group { float scale[TILES][2], offset[TILES][2]; };   // of the lane's outputs
@@ -61,7 +67,7 @@ QG_DEVICE void stage(Slab &slab, const REAL *x, int rows, int k0, int end, int k
     float v[EACH] = {}, sum = 0;
     if (r < rows && k0 + at < end) read(v, x + (size_t)r * k + k0 + at);
     QG_UNROLL for (int e = 0; e < EACH; e += 2) {   // inputs 2t, 2t + 1 of eight
-      store8(slab.x[r] + (at & ~15) + (at & 8 ? 2 : 0) + 2 * (at % 8 + e), bits<uint2>(make_float2(v[e], v[e + 1])));
+      store8(slab.x[r] + at / 32 * PITCH + (at & 16) + (at & 8 ? 2 : 0) + 2 * (at % 8 + e), bits<uint2>(make_float2(v[e], v[e + 1])));
       sum += v[e] + v[e + 1];
     }
     QG_UNROLL for (int o = 1; o < 32 / EACH; o *= 2) sum += __shfl_xor_sync(ALL, sum, o);
@@ -94,12 +100,14 @@ QG_DEVICE void decode(float (&f)[8], const Weights &w, int j, int s) {
   }
 }
 
-QG_DEVICE void read_group(Group &group, const SCALE *ratio, const uint8_t *zeros, int zero) {
+// ratio, zeros: at the lane's first output of the first tile. Lane 4g + t reads the zero points of tile t for four lanes: whole sectors.
+QG_DEVICE void read_group(Group &group, const SCALE *ratio, const uint8_t *zeros, int zero, int lane) {
+  const unsigned mine = zeros ? *reinterpret_cast<const unsigned short *>(zeros + 16 * (lane % TILES)) : 257 * zero;
   QG_UNROLL for (int j = 0; j < TILES; j++) {
     float2 s = two_scales(ratio + 16 * j);
     group.scale[j][0] = s.x, group.scale[j][1] = s.y;
-    Zeros z = zeros ? two_zeros(zeros + 16 * j) : Zeros{zero, zero};
-    group.offset[j][0] = -(MAGIC + z.first), group.offset[j][1] = -(MAGIC + z.second);
+    const unsigned two = TILES > 1 ? __shfl_sync(ALL, mine, (lane & ~3) + j) : mine;
+    group.offset[j][0] = -(MAGIC + (two & 255)), group.offset[j][1] = -(MAGIC + (two >> 8));
   }
 }
 
@@ -124,30 +132,31 @@ QG_KERNEL __launch_bounds__(THREADS, BLOCKS) weight_gemv(
   float sum[ROWS][TILES][2] = {};
   for (int s0 = begin; s0 < end; s0 += SLAB / 64) {
     const int here = inside ? min(SLAB / 64, end - s0) : 0;   // squares of this slab; a warp beyond N has none
+    const int each = (here + WARPS_K - 1) / WARPS_K, from = warp_k * each, to = min(here, from + each);
     const uint4 *squares_here = mine + (size_t)s0 * BITS * 32;
     Weights ahead[UNROLL];
     QG_UNROLL for (int u = 0; u < UNROLL; u++)
-      if (warp_k + u * WARPS_K < here) ahead[u] = read(squares_here + (warp_k + u * WARPS_K) * BITS * 32);
+      if (from + u < to) ahead[u] = read(squares_here + (from + u) * BITS * 32);
     __syncthreads();   // the slab before has been read
     stage(slab, x, rows, 64 * s0, min(k, 64 * end), k);
     __syncthreads();
-    for (int c0 = warp_k; c0 < here; c0 += UNROLL * WARPS_K) {
+    for (int c0 = from; c0 < to; c0 += UNROLL) {
       QG_UNROLL for (int u = 0; u < UNROLL; u++) {
-        const int c = c0 + u * WARPS_K, next = c + UNROLL * WARPS_K;
-        if (c >= here) break;
+        const int c = c0 + u, next = c + UNROLL;
+        if (c >= to) break;
         const Weights w = ahead[u];
-        if (next < here) ahead[u] = read(squares_here + next * BITS * 32);
+        if (next < to) ahead[u] = read(squares_here + next * BITS * 32);
         QG_UNROLL for (int h = 0; h < 2; h++) {   // 32 inputs: within one group
           if (2 * (s0 + c) + h >= until) {
             const int index = group_of(2 * (s0 + c) + h, inverse);
             until = (index + 1) * per_group;
-            read_group(group, ratio + (size_t)index * padded_n + n0, zeros ? zeros + (size_t)index * padded_n + n0 : nullptr, zero);
+            read_group(group, ratio + (size_t)index * padded_n + n0, zeros ? zeros + (size_t)index * padded_n + n0 : nullptr, zero, lane);
           }
           float f[TILES][2][8];
           QG_UNROLL for (int j = 0; j < TILES; j++) QG_UNROLL for (int i = 0; i < 2; i++) decode(f[j][i], w, j, 2 * h + i);
           QG_UNROLL for (int r = 0; r < ROWS; r++) {
             if (r >= rows) break;
-            const float *at = slab.x[r] + 64 * c + 32 * h + 4 * (lane & 3), quarter = slab.sums[r][2 * c + h];
+            const float *at = slab.x[r] + (2 * c + h) * PITCH + 4 * (lane & 3), quarter = slab.sums[r][2 * c + h];
             const float4 a = bits<float4>(load16(at)), b = bits<float4>(load16(at + 16));
             QG_UNROLL for (int j = 0; j < TILES; j++) QG_UNROLL for (int o = 0; o < 2; o++) {
               const float *p = f[j][0] + 4 * o, *q = f[j][1] + 4 * o;

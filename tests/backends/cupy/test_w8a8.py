@@ -98,6 +98,7 @@ KERNELS = {
     "medium, bfloat16": (Config(MEDIUM), Case(dtype=torch.bfloat16)),
     "dp4a, 1 row": (Config(rows=1), Case()),
     "dp4a, 8 rows": (Config(rows=8), Case()),
+    "dp4a, wide": (Config(rows=8, outputs=64, rounds=2), Case(x_dtype="uint8")),
 }
 cases = st.builds(
     dict,
@@ -138,9 +139,15 @@ def test_no_access_is_out_of_bounds_or_races(kernel):
     agrees(replace(like, m=19, n=37, k=272, x_zero="rows", w_zero="rows"), config, checked=True, schedule=7)
 
 
+@pytest.mark.parametrize("rows", [2, 8])
+def test_rounds_read_x_again_where_it_does_not_fit(rows):
+    agrees(Case(rows, 150, 8208), Config(rows=rows, outputs=64, rounds=3), schedule=7)
+
+
 TILINGS = [
     (1, 2048, Config(rows=1)),
     (8, 2048, Config(rows=8)),
+    (8, 2048, Config(rows=8, outputs=64, rounds=2)),
     (16, 512, Config(SMALL)),
     (64, 512, Config(MEDIUM)),
     (128, 512, Config(LARGE)),
@@ -153,13 +160,23 @@ def test_global_traffic_is_that_of_the_tiling_and_no_bank_conflicts(m, k, config
     n = 256
     like = next(c for config_, c in KERNELS.values() if config_.tile == config.tile and config_.splits == 1)
     (_, profile) = agrees(replace(like, m=m, n=n, k=k, x_zero="one"), config, checked=True).profiles[0]
-    wide, high = (config.tile.n, config.tile.m) if config.tile else (w8a8.OUTPUTS, config.rows)
+    wide, high = (config.tile.n, config.tile.m) if config.tile else (config.outputs * config.rounds, config.rows)
     size = like.expected().element_size()
     ideal = m * k * (n // wide) + n * k * max(1, m // high) + m * n * size
     assert profile.bank_conflicts == 0
-    assert profile.sector_efficiency > 0.95
-    assert profile.traffic < 1.1 * ideal
+    assert profile.sector_efficiency > 0.95 if config.tile else profile.sector_efficiency == 1
+    assert profile.traffic < (1.1 if config.tile else 1.02) * ideal
     assert profile.mma_int8 * 16 * 8 * 32 + profile.dp4a * 4 == m * n * k
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "config"),
+    [(1, 256, 576, Config(rows=1)), (2, 128, 4096, w8a8.vectors(2, 4096)[0]), (8, 192, 4096, w8a8.vectors(8, 14336)[0])],
+)
+def test_few_rows_move_little_more_than_they_must(m, n, k, config):
+    """A block's columns, or a few blocks', stand for as many as they are chosen for."""
+    seen = agrees(Case(m, n, k, dtype=torch.float16), config, checked=True)
+    assert sum(p.traffic for _, p in seen.profiles) <= 1.05 * w8a8.work(m, n, k).bytes
 
 
 def test_splits_move_little_more_than_the_weight():
@@ -259,6 +276,7 @@ def test_every_choice_is_a_kernel_that_is_checked(m, n, k, arch, sms):
     if config.tile is None:
         assert m <= config.rows or config.rows == 8
         assert w8a8.dp4a(config.rows) in w8a8.KERNELS
+        assert config in w8a8.vectors(m, n, sms=sms) and config.rounds <= w8a8.ROUNDS
         return
     assert arch >= 80 and config.splits >= 1 and (config.splits == 1 or k >= config.splits * w8a8.LEAST_SPLIT)
     steps = -(-padded(k) // config.tile.k)
@@ -269,8 +287,10 @@ def test_every_choice_is_a_kernel_that_is_checked(m, n, k, arch, sms):
 
 def test_few_rows_wait_for_the_weight_and_many_for_tensor_cores():
     assert w8a8.choose(1, 4096, 4096) == Config(rows=1)
-    assert w8a8.choose(5, 4096, 4096) == Config(rows=8)
-    assert w8a8.choose(300, 4096, 4096, arch=75) == Config(rows=8)
+    assert w8a8.choose(5, 1536, 576) == Config(rows=8)
+    assert w8a8.choose(5, 4096, 4096) == Config(rows=8, outputs=64)
+    assert w8a8.choose(2, 14336, 4096, sms=132) == Config(rows=2, outputs=64, rounds=2)
+    assert w8a8.choose(300, 4096, 4096, arch=75) == Config(rows=8, outputs=64)
     assert w8a8.choose(16, 4096, 4096).tile == SMALL
     assert w8a8.choose(64, 4096, 4096).tile == MEDIUM
     assert w8a8.choose(2048, 4096, 4096) == Config(LARGE)

@@ -73,6 +73,7 @@ def check(c: Case, x: Tensor, bias: Tensor | None = None, *, schedule: int = 0, 
     [
         (1, 200, 328, "uint4", 64, True, F32),
         (1, 130, 2500, "int3", 96, True, F16),
+        (1, 130, 2500, "uint4", 96, True, F16),
         (1, 72, 200, "int8", 0, False, BF16),
         (1, 130, 320, "uint2", 32, True, F16),
         (5, 200, 328, "uint4", 64, True, F32),
@@ -167,12 +168,16 @@ def profiles(c: Case, x: Tensor) -> dict[str, Profile]:
     return dict(run.profiles)
 
 
-def test_the_vector_kernel_moves_little_more_than_it_must() -> None:
-    found = profiles(case(256, 4096, "int4", 128), inputs(1, 4096, F16))
-    least = work(1, 256, 4096, 4, 128, F16).bytes
-    assert sum(p.traffic for p in found.values()) <= 1.05 * least
-    assert all(p.sector_efficiency == 1 for p in found.values())
-    assert all(p.served == p.least for p in found["weight_gemv"].select("shared", ("load",)))
+@pytest.mark.parametrize(
+    ("dtype", "real", "most"),
+    [("uint4", F16, 1.045), ("uint4", F32, 1.07), ("uint8", BF16, 1.03), ("int3", F16, 1.06), ("int2", F16, 1.08)],
+)
+def test_the_vector_kernel_moves_little_more_than_it_must(dtype: str, real: torch.dtype, most: float) -> None:
+    zeros, bits = dtype.startswith("u"), int(dtype[-1])
+    found = profiles(case(1024, 4096, dtype, 128, zeros=zeros), inputs(1, 4096, real))
+    least = work(1, 1024, 4096, bits, 128, real, zeros=zeros).bytes
+    assert sum(p.traffic for p in found.values()) <= most * least
+    assert all(p.sector_efficiency == 1 and p.bank_conflicts == 0 for p in found.values())
 
 
 @pytest.mark.parametrize(("m", "dtype"), [(8, "uint4"), (20, "int3")])
