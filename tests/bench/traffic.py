@@ -35,6 +35,7 @@ CALLS: dict[str, Callable[[], Case]] = {
     "w4a16-g128, 64 x 256 x 1024": lambda: cases.weight_only_linear(CPU, 64, 256, 1024),
     "w8a8, 1 x 1024 x 4096": lambda: cases.integer_linear(CPU, 1, 1024, 4096),
     "w8a8, 8 x 1024 x 4096": lambda: cases.integer_linear(CPU, 8, 1024, 4096),
+    "w8a8, 8 x 4096 x 4096": lambda: cases.integer_linear(CPU, 8, 4096, 4096),
     "w8a8, 128 x 256 x 1024": lambda: cases.integer_linear(CPU, 128, 256, 1024),
     "append + attend, 8 bits, 1024 tokens": lambda: cases.cached_attention(CPU, 1, 32, 8, 128, 1024),
     "append + attend, 4 bits, 1024 tokens": lambda: cases.cached_attention(CPU, 1, 32, 8, 128, 1024, bits=4),
