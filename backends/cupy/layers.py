@@ -14,10 +14,11 @@ from torch.fx import GraphModule, Node, map_arg
 
 from qgraph.api import convert, prepare
 from qgraph.backend import Kernel
-from qgraph.backends.cupy import Cupy, act_quantize, embedding, norm_quantize, quantizing, w8a8, w8a8_conv, weight_only
+from qgraph.backends.cupy import Cupy, act_quantize, embedding, norm_quantize, quantizing, tiling, w8a8, w8a8_conv, weight_only
 from qgraph.backends.cupy.ops import K
 from qgraph.backends.cupy.program import NAMESPACE
-from qgraph.backends.cupy.roofline import A100, H100, RTX4090, Work
+from qgraph.backends.cupy.roofline import A100, H100, RTX4090, Device, Work
+from qgraph.backends.cupy.tiling import Launch
 from qgraph.edit import graph_modules
 from qgraph.errors import LoweringError, RecipeError
 from qgraph.onnx_io import from_onnx
@@ -123,15 +124,34 @@ WORK: dict[Any, Callable[[Operands, Any], Work]] = {
 """What a call of each op has to do, from its operands and its result."""
 
 
+def _w8a8_launch(got: Operands, y: Tensor, device: Device) -> Launch:
+    n, k = got["weight"].shape
+    return tiling.integer_linear(_row_count(y)[0], n, k, y.dtype, device)
+
+
+def _weight_only_launch(got: Operands, y: Tensor, device: Device) -> Launch:
+    (m, k), bits, zeros = _row_count(got["x"]), got["codes"].shape[2], got["zeros"] is not None
+    return tiling.weight_only_linear(m, got["n"], k, bits, got["group"], y.dtype, device, zeros=zeros)
+
+
+LAUNCH: dict[Any, Callable[[Operands, Any, Device], Launch]] = {
+    K.w8a8_linear.default: _w8a8_launch,
+    K.weight_only_linear.default: _weight_only_launch,
+}
+"""What products move by their tilings; row kernels move what they must, as the table in backends/README.md shows."""
+
+
 @dataclass(frozen=True)
 class Layer:
-    """A kernel of a lowered graph: the node's path, its op, what it does, seconds at the roofline by device, and what bounds it there."""
+    """A kernel of a lowered graph: the node's path, its op, what it does; by device seconds at the roofline, what bounds it there, and for
+    products the fraction of the roofline that their tiling can reach."""
 
     node: str
     op: str
     work: Work
     seconds: dict[str, float]
     bound: dict[str, str]
+    fraction: dict[str, float]
 
 
 def layers(gm: GraphModule, sizes: Sizes) -> list[Layer]:
@@ -140,9 +160,10 @@ def layers(gm: GraphModule, sizes: Sizes) -> list[Layer]:
 
 
 def _layer(node: Node, sizes: Sizes) -> Layer:
-    work = WORK[node.target](map_arg(operands(node), sizes.of), sizes.of(node))
-    op = str(node.target).split(".")[1]
-    return Layer(path_of(node), op, work, {d.name: d.time(work) for d in DEVICES}, {d.name: d.bound(work) for d in DEVICES})
+    got, y, launch = map_arg(operands(node), sizes.of), sizes.of(node), LAUNCH.get(node.target)
+    work, op = WORK[node.target](got, y), str(node.target).split(".")[1]
+    fraction = {} if launch is None else {d.name: launch(got, y, d).fraction(d, work) for d in DEVICES}
+    return Layer(path_of(node), op, work, {d.name: d.time(work) for d in DEVICES}, {d.name: d.bound(work) for d in DEVICES}, fraction)
 
 
 @dataclass(frozen=True)
@@ -162,24 +183,28 @@ class Inspection:
         """A line for each layer, their sum, and what runs in torch."""
         total = sum((layer.work for layer in self.layers), Work(0))
         seconds = {d.name: sum(layer.seconds[d.name] for layer in self.layers) for d in DEVICES}
-        rows = [_TITLE, *(_cells(x.node, x.op, x.work, x.seconds, set(x.bound.values())) for x in self.layers)]
-        lines = _aligned([*rows, _cells("total", "", total, seconds, set())])
+        rows = [_TITLE, *(_cells(x.node, x.op, x.work, x.seconds, x.fraction, set(x.bound.values())) for x in self.layers)]
+        lines = _aligned([*rows, _cells("total", "", total, seconds, {}, set())])
         dims = ", ".join(f"{k}={v}" for k, v in self.as_json()["dims"].items())
         lines.append(
             f"Least time of each kernel by itself, from its maker's numbers for the GPU; nothing is measured{f'; {dims}' if dims else ''}."
+        )
+        lines.append(
+            "Reach: what a product's tiles and waves of blocks leave of that roofline on each GPU, without a cache between SMs and memory."
         )
         if slow := [k for k in self.kernels if not k.fused]:
             lines.append(f"{len(slow)} quantized operations run in torch and are not counted; {slow[0].node}: {slow[0].reason}.")
         return "\n".join(lines)
 
 
-_TITLE = ("layer", "kernel", "MB", "GOP", *(f"{d.name} us" for d in DEVICES), "bound by")
+_TITLE = ("layer", "kernel", "MB", "GOP", *(f"{d.name} us" for d in DEVICES), "reach %", "bound by")
 
 
-def _cells(node: str, op: str, work: Work, seconds: Mapping[str, float], bound: set[str]) -> tuple[str, ...]:
+def _cells(node: str, op: str, work: Work, seconds: Mapping[str, float], fraction: Mapping[str, float], bound: set[str]) -> tuple[str, ...]:
     operations = work.int8_ops + work.fp16_ops + work.fp32_ops
     times = (f"{1e6 * s:.2f}" for s in seconds.values())
-    return (node, op, f"{work.bytes / 1e6:.3f}", f"{operations / 1e9:.3f}", *times, ", ".join(sorted(bound)))
+    reach = " ".join(f"{100 * f:.0f}" for f in fraction.values())
+    return (node, op, f"{work.bytes / 1e6:.3f}", f"{operations / 1e9:.3f}", *times, reach, ", ".join(sorted(bound)))
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:

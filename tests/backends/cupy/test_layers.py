@@ -89,7 +89,8 @@ def test_the_command_prints_layers_and_their_sum(file):
     lines = done.output.splitlines()
     assert lines[0].split()[:4] == ["layer", "kernel", "MB", "GOP"]
     assert [line.split()[1] for line in lines[1:5]] == ["quantize_rows", "w8a8_linear", "quantize_rows", "w8a8_linear"]
-    assert lines[5].startswith("total") and lines[6].endswith("nothing is measured; N=8.")
+    assert lines[5].startswith("total") and lines[6].endswith("nothing is measured; N=8.") and lines[7].startswith("Reach: ")
+    assert 0 < float(lines[2].split()[7]) <= 100
 
 
 def test_the_command_prints_json(file):
