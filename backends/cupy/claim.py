@@ -151,6 +151,7 @@ def embedding(m: Match, rw: Rewriter) -> Node:
     group = _rows_of_scales(rw, w, rank=2)
     dtype = w["dtype"]
     _require_bytes(rw, dtype)
+    _float_type(rw, w["scale"])
     if ids is None or ids.dtype != "int64":
         rw.decline(f"the kernel reads ids of int64, and %{m.indices.name} is {ids or 'of unknown type'}")
     codes = rw.const(w["q"], lambda q: pack_table(q, dtype))

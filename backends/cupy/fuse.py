@@ -27,7 +27,8 @@ from qgraph.backends.cupy.ops import K
 from qgraph.edit import erase, graph_modules, redirect
 from qgraph.pattern import Match, OneOf, Op
 from qgraph.pipeline import EQUIVALENT, Context, Contract, Pass
-from qgraph.rewrite import BISECTION, Rewriter, rule
+from qgraph.rewrite import BISECTION, Decline, Rewriter, rule
+from qgraph.text import path_of
 from qgraph.types import storage, type_of
 from qgraph.views import Activation, DynamicQuantize, Elementwise, Norm, Quantize, const_value, view
 
@@ -84,6 +85,8 @@ def _normal(node: Node) -> _Normal | None:
     kind = None if found is None else type_of(found.x)
     if found is None or kind is None or not kind.shape:
         return None
+    if (made := type_of(node)) is None or made.dtype != kind.dtype:
+        return None
     values = [const_value(p) for p in (found.weight, found.bias) if p is not None]
     return found if all(v is not None and tuple(v.shape) == tuple(kind.shape[-1:]) for v in values) else None
 
@@ -121,14 +124,17 @@ class FuseNormQuantize(Pass):
     contract: ClassVar[Contract] = ONE_STEP
 
     def run(self, gm: GraphModule, ctx: Context) -> int:
-        return sum(self._run(part) for part in graph_modules(gm))
+        return sum(self._run(part, ctx) for part in graph_modules(gm))
 
-    def _run(self, gm: GraphModule) -> int:
+    def _run(self, gm: GraphModule, ctx: Context) -> int:
         count = 0
         for node in list(gm.graph.nodes):
             asked = _format(node)
             norm = None if asked is None else _normal(asked.x)
-            if asked is not None and norm is not None and BISECTION.allows(self.name, node):
+            if asked is not None and norm is None and (v := view(Norm, asked.x)) is not None:
+                reason = f"the kernel normalises rows with stored parameters of their length; this is a {v.kind} norm over axes {v.axes}"
+                ctx.declines.append(Decline(self.name, node.name, path_of(node), reason))
+            elif asked is not None and norm is not None and BISECTION.allows(self.name, node):
                 self._fuse(gm, node, asked, norm)
                 count += 1
         if count:

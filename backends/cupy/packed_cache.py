@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import io
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 from zipfile import BadZipFile
 
@@ -13,18 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qgraph.backends.cupy.toolchain import keep, kept
+from qgraph.backends.cupy.toolchain import HERE, keep, kept
 
 WORTH_KEEPING = 1 << 20
 """Bytes of integers from which finding a file is faster than packing again."""
 
 
 def packed(make: Callable[..., Mapping[str, Tensor]], *operands: Tensor | str | int | torch.dtype | None) -> Mapping[str, Tensor]:
-    """make(*operands), from the cache folder where it was made before. The file's name is the hash of the operands and of the source of
-    the module that `make` is in. Types that numpy lacks are not kept."""
-    if sum(o.nbytes for o in operands if isinstance(o, Tensor)) < WORTH_KEEPING or any(_unknown(o) for o in operands):
+    """make(*operands), from the cache folder where it was made before. The file's name is the hash of the operands and of the sources of
+    this backend, in which the layouts are."""
+    if sum(o.nbytes for o in operands if isinstance(o, Tensor)) < WORTH_KEEPING:
         return make(*operands)
-    path = kept("packed", ".npz", make.__qualname__, inspect.getsource(inspect.getmodule(make) or make), *map(_identity, operands))
+    path = kept("packed", ".npz", make.__qualname__, _sources(), *map(_identity, operands))
     if path.exists():
         try:
             with np.load(path, allow_pickle=False) as stored:
@@ -39,13 +39,13 @@ def packed(make: Callable[..., Mapping[str, Tensor]], *operands: Tensor | str | 
     return found
 
 
-def _unknown(operand: object) -> bool:
-    return isinstance(operand, Tensor) and operand.dtype == torch.bfloat16
+@cache
+def _sources() -> str:
+    return "".join(path.read_text() for path in sorted(HERE.glob("*.py")))
 
 
 def _identity(operand: Tensor | str | int | torch.dtype | None) -> bytes:
     if not isinstance(operand, Tensor):
         return repr(operand).encode()
-    array = operand.detach().cpu().contiguous().numpy()
-    digest = hashlib.blake2b(array.reshape(-1).view(np.uint8).data, digest_size=32).digest()
-    return repr((array.dtype.str, array.shape)).encode() + digest
+    stored = operand.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy()
+    return repr((operand.dtype, tuple(operand.shape))).encode() + hashlib.blake2b(stored.data, digest_size=32).digest()

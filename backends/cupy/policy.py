@@ -65,6 +65,8 @@ def _as_int8(rw: Rewriter, got: dict[str, Any]) -> tuple[Node, Node]:
     q, scale, zero = (None if got[k] is None else const_value(got[k]) for k in ("weight", "scale", "zero_point"))
     if q is None or scale is None or (got["zero_point"] is not None and zero is None):
         rw.decline("the weight is not constant")
+    if (worst := 128 * 127 * q.shape[1]) >= 2**31:
+        rw.decline(f"the sum over {q.shape[1]} products of int8 may reach {worst:.3g}, beyond int32")
     if got["dtype"] == "int8" and zero is None and scale.dim() <= 1:
         return got["weight"], got["scale"]
     new_scale, codes = _requantized(

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import qgraph
-from qgraph.backends.cupy import Cupy, claim
+from qgraph.backends.cupy import Cupy, claim, packed_cache
 from qgraph.backends.cupy.emulate import emulation
 from qgraph.backends.cupy.weight_packing import pack_weight
 from qgraph.errors import LoweringError, ModelError, RecipeError
@@ -183,10 +183,11 @@ def test_torch_compile_takes_the_module(net):
         assert torch.equal(compiled(x), program(x))
 
 
-def test_packed_weights_are_read_again_from_the_cache(monkeypatch, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_are_read_again_from_the_cache(monkeypatch, tmp_path, dtype):
     monkeypatch.setenv("QGRAPH_CUDA_CACHE", str(tmp_path))
-    x = torch.randn(2, 1024)
-    gm = qgraph.quantize(torch.nn.Linear(1024, 1200).eval(), example_inputs=(x,), recipe="w4a16-g128", backend="cupy")
+    x = torch.randn(2, 1024, dtype=dtype)
+    gm = qgraph.quantize(torch.nn.Linear(1024, 1200).to(dtype).eval(), example_inputs=(x,), recipe="w4a16-g128", backend="cupy")
     packings = []
     monkeypatch.setattr(claim, "pack_weight", lambda *a, **k: packings.append(a) or pack_weight(*a, **k))
     with emulation():
@@ -195,6 +196,8 @@ def test_packed_weights_are_read_again_from_the_cache(monkeypatch, tmp_path):
         (file,) = (tmp_path / "packed").iterdir()
         file.write_bytes(file.read_bytes()[:1000])  # a disk that was full
         assert torch.equal(qgraph.lower(gm, backend="cupy")(x), first(x)) and len(packings) == 2
+        monkeypatch.setattr(packed_cache, "_sources", lambda: "another layout")
+        assert torch.equal(qgraph.lower(gm, backend="cupy")(x), first(x)) and len(packings) == 3
 
 
 class Tied(torch.nn.Module):

@@ -84,6 +84,17 @@ def test_an_activation_and_the_product_behind_it_join_the_quantization(recipe, a
     assert FuseActQuantize().run(fused, Context()) == 0
 
 
+def test_a_norm_over_more_than_rows_is_declined_with_the_reason():
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 40)
+    net = torch.nn.Sequential(torch.nn.LayerNorm([5, 40]), torch.nn.Linear(40, 12)).eval()
+    gm = qgraph.quantize(net, example_inputs=(x,), recipe="w8a8-token", backend="cupy")
+    context = Context()
+    assert FuseNormQuantize().run(gm, context) == 0
+    (declined,) = context.declines
+    assert declined.reason.endswith("this is a layer norm over axes (-2, -1)")
+
+
 def test_an_activation_that_is_read_as_floats_stays():
     class Twice(torch.nn.Module):
         def __init__(self) -> None:

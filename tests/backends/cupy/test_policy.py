@@ -52,6 +52,15 @@ def test_small_batches_and_unknown_ones_change_nothing():
         assert RowsInIntegers(rows).run(gm, Context()) == 0 and linears(gm, Q.dequant_linear.default)
 
 
+def test_a_sum_beyond_int32_is_declined_with_the_reason():
+    net, x = torch.nn.Linear(133120, 2).eval(), torch.randn(1, 133120)
+    gm = qgraph.quantize(net, example_inputs=(x,), recipe="w8a16", backend="cupy")
+    FuseDequantMatmul().run(gm, Context())
+    context = Context()
+    assert RowsInIntegers(16).run(gm, context) == 0
+    assert [d.reason for d in context.declines] == ["the sum over 133120 products of int8 may reach 2.16e+09, beyond int32"]
+
+
 def test_a_weight_that_is_not_stored_is_declined_with_the_reason():
     gm, _ = fused("w8a16")
     (first, *_) = linears(gm, Q.dequant_linear.default)
