@@ -149,9 +149,9 @@ class Emulated:
             return
         command = ["addr2line", "-a", "-i", "-e", str(self.path), *(f"{o - 1:#x}" for o in new)]
         for offset, found in zip(new, re.split(r"^0x[0-9a-f]+\n", _output(command), flags=re.MULTILINE)[1:], strict=True):
-            frames = [Path(line.split(" (")[0]) for line in found.splitlines()]
-            ours = [f.name for f in frames if f.parent != EMULATOR and not f.name.startswith("qg.cuh:")]
-            self.lines[offset] = (ours or ["an unknown line"])[0]
+            frames = [Path(line.split(" (")[0]).name for line in found.splitlines()]
+            kernel = [f for f in frames if f.split(":")[0] not in _not_the_kernel()]
+            self.lines[offset] = (kernel or ["an unknown line"])[0]
 
 
 @cache
@@ -199,6 +199,12 @@ def build(file: str, defines: tuple[tuple[str, str], ...] = (), checked: bool = 
             _run([*_compiler(), "-shared", *parts, "-o", str(linked)], file)
             keep(target, linked.read_bytes())
     return Emulated(target, checked)
+
+
+@cache
+def _not_the_kernel() -> frozenset[str]:
+    """Files whose lines say nothing of a kernel. By name: a build may be kept from a checkout in another folder."""
+    return frozenset(("qg.cuh", *(p.name for p in EMULATOR.glob("*.h"))))
 
 
 @cache

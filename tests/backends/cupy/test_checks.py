@@ -1,10 +1,12 @@
 """The checked emulator names what is wrong with a kernel. Each kernel is right with `broken` = 0, and then nothing is found."""
 
 import re
+import shutil
 
 import pytest
 import torch
 
+from qgraph.backends.cupy import emulate
 from qgraph.backends.cupy.emulate import emulation
 from qgraph.backends.cupy.launch import Kernel
 from qgraph.errors import LoweringError
@@ -310,6 +312,14 @@ def test_a_fault_is_named_with_its_thread_and_line(folder, name):
     said = str(found.value)
     assert said.startswith(f"kernel {name}: {FAULTS[name]}"), said
     assert f"at faults.cu:{line(name)}" in said and "{" not in said, said
+
+
+def test_a_build_that_another_checkout_kept_names_the_same_lines(folder, tmp_path, monkeypatch):
+    shutil.copytree(emulate.EMULATOR, tmp_path / "emulator")
+    start(folder, "some_left", 0)
+    monkeypatch.setattr(emulate, "EMULATOR", tmp_path / "emulator")
+    emulate.build.cache_clear()
+    test_a_fault_is_named_with_its_thread_and_line(folder, "some_left")
 
 
 @pytest.mark.parametrize("name", UNPLACED)
