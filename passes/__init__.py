@@ -20,6 +20,7 @@ from qgraph.passes.infer_types import InferTypes
 from qgraph.passes.insert_fake_quant import InsertFakeQuant
 from qgraph.passes.insert_observers import InsertObservers
 from qgraph.passes.keep_weights import KeepLargest, KeepSensitive
+from qgraph.passes.kv_quant import KvQuant
 from qgraph.passes.merge_equal import MergeEqual
 from qgraph.passes.mixed import Mixed
 from qgraph.passes.open_attention import OpenAttention
@@ -60,6 +61,7 @@ __all__ = [
     "InsertObservers",
     "KeepLargest",
     "KeepSensitive",
+    "KvQuant",
     "MergeEqual",
     "Mixed",
     "OpenAttention",

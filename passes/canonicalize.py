@@ -3,6 +3,7 @@
 Constant() -> stored tensor            copy(x), dropout(x), cast(x) to its type, reshape(x) to its shape -> x
 x + 0, x - 0, x * 1, x / 1, x ^ 1 -> x  transpose(transpose(x)) -> transpose(x) or x
 view(x) -> reshape(x)                  reshape(reshape(x)) -> reshape(x)
+cat(empty, x) -> x                     reshape(transpose(reshape(x))) -> transpose(x), see flat_transpose.py
 conv(pad(x, zeros)) -> conv(x) with padding      and the rules of FoldPad and Recompose"""
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.fx import GraphModule, Node
 from qgraph.edit import has_writes
 from qgraph.onnx_data_views import is_inference_dropout
 from qgraph.onnx_ops import OnnxOp
+from qgraph.passes.flat_transpose import plain_transpose
 from qgraph.passes.fold_pad import RULES as FOLD_PAD
 from qgraph.passes.recompose import RULES as RECOMPOSE
 from qgraph.pattern import Const, Match, OneOf, Op, Var, item
@@ -137,6 +139,16 @@ def _is_neutral(c: Any, number: float, x: Node, result: Node) -> bool:
     return value.ndim == 0 or (was is not None and was.rank is not None and was.rank >= value.ndim)
 
 
+@rule(Op(aten.cat.default, tensors=Var("tensors")))
+def drop_empty(m: Match, rw: Rewriter) -> Node | None:
+    """cat([empty, x]) -> x: torch lets a tensor of no elements and one axis join any others, as caches that hold nothing yet do"""
+    kept = [t for t in m.tensors if (value := const_value(t)) is None or tuple(value.shape) != (0,)]
+    if len(kept) != 1 or len(m.tensors) == 1:
+        return None
+    was, now = type_of(kept[0]), type_of(m.root)
+    return kept[0] if was is not None and now is not None and was.dtype == now.dtype else None
+
+
 @rule(Op(DataMovement, kind="transpose", perm=Var("outer"), x=Op(DataMovement, kind="transpose", perm=Var("inner"), x=Var("x"))))
 def join_transposes(m: Match, rw: Rewriter) -> Node | None:
     if m.outer is None or m.inner is None:
@@ -168,6 +180,6 @@ def join_views(m: Match, rw: Rewriter) -> Node:
 
 COPIES = (drop_copy, loosen_view, drop_dropout, drop_dropout_with_mask, drop_cast)
 RULES = (
-    *(store_constant, drop_movement, drop_pad, drop_neutral, join_transposes, join_reshapes, join_views),
+    *(store_constant, drop_movement, drop_pad, drop_neutral, drop_empty, plain_transpose, join_transposes, join_reshapes, join_views),
     *FOLD_PAD,
 )

@@ -64,7 +64,7 @@ class InsertObservers(Pass):
             part.graph.lint()
             part.recompile()
             count += len(found)
-        if not count:
+        if not count and self.recipe.kv_cache is None:
             raise _nothing(gm, self.recipe, ledger)
         return count
 
@@ -72,7 +72,8 @@ class InsertObservers(Pass):
         """Raises what `run` would raise, without changing the graph: for recipes whose stages need data first."""
         modules, scratch = list(graph_modules(gm)), Ledger()
         check_rules(modules, self.recipe)
-        if not sum(len(annotate(part, self.recipe, self.placement, scratch)) for part in modules):
+        count = sum(len(annotate(part, self.recipe, self.placement, scratch)) for part in modules)
+        if not count and self.recipe.kv_cache is None:
             raise _nothing(gm, self.recipe, scratch)
 
     def observe(self, gm: GraphModule, prologue: Prologue, target: str, group: Group) -> None:

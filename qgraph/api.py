@@ -32,6 +32,7 @@ from qgraph.passes import (
     InferTypes,
     InsertFakeQuant,
     InsertObservers,
+    KvQuant,
     MergeEqual,
     RemoveDead,
     SinkConstants,
@@ -99,7 +100,9 @@ def prepare(
     check_float(gm)
     observe = InsertObservers(recipe, target.placement)
     wanted = exact_on(target.target, recipe.stages) if isinstance(target, Targeted) else recipe.stages
-    stages = _in_order(wanted, observe)
+    kv = recipe.kv_cache
+    cache = () if kv is None else (KvQuant(kv.bits, bool(kv.symmetric), target.placement.accepts),)
+    stages = _in_order(wanted, observe, *cache)
     waiting = next((i for i, p in enumerate(stages) if p.needs_data or p.at == "quantized"), len(stages))
     _run(gm, *PREPARE, verify=verify)
     state(gm).declines = _run(gm, *stages[:waiting], verify=verify)
@@ -198,14 +201,14 @@ def quantize(
     return quantized
 
 
-def _in_order(stages: tuple[Pass, ...], observe: InsertObservers) -> tuple[Pass, ...]:
-    """The recipe's stages in its order, around the observers: of the float graph, of the observed one, of the quantized one."""
+def _in_order(stages: tuple[Pass, ...], *observe: Pass) -> tuple[Pass, ...]:
+    """The recipe's stages in its order, around what inserts observers: of the float graph, of the observed one, of the quantized one."""
     order = ("float", "observed", "quantized")
     for a, b in pairwise(stages):
         if order.index(a.at) > order.index(b.at):
             raise RecipeError(f"stage {b.name} runs on the {b.at} graph, so it cannot come after {a.name}, which runs on the {a.at} one")
     first, *rest = ([p for p in stages if p.at == at] for at in order)
-    return (*first, observe, *(p for part in rest for p in part))
+    return (*first, *observe, *(p for part in rest for p in part))
 
 
 def check_float(gm: GraphModule) -> None:

@@ -1,15 +1,22 @@
-"""Attention that is written as a chain, in either dialect: matmul(softmax(scale * matmul(q, transpose(k)) + mask), v)."""
+"""Attention in either dialect, as one op or as a chain: matmul(softmax(scale * matmul(q, transpose(k)) + mask), v).
+
+Between k, v and attention decoders have grouped queries and a cache:
+
+    Reshape(Expand(Unsqueeze(k)))  -> k, each head of which is read by several heads of q
+    Concat(past, k)                -> the present, which is an output of the graph as well"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from qgraph.formula import kind_of, number, unscaled
-from qgraph.views import DataMovement, Elementwise, Linear, Softmax, key, view
+from qgraph.types import Dim, type_of
+from qgraph.views import Attention, Concat, DataMovement, Elementwise, Linear, Softmax, key, view
 
 _IS_NAN = ("::IsNaN", torch.ops.aten.isnan.default)
 
@@ -102,3 +109,59 @@ def _floats(*nodes: Node) -> tuple[str | None, int | None] | None:
     kinds = {kind_of(n) for n in nodes}
     kind = kinds.pop()
     return kind if not kinds and kind[0] is not None and "float" in kind[0] else None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Keys or values as an attention reads them: `new` [batch, heads, length, size] behind `past`, which `present` joins (None, None: there is
+    no cache). `reader` reads `new` on the way, and `times` heads of q read each head."""
+
+    new: Node
+    reader: Node
+    past: Node | None
+    present: Node | None
+    times: int
+
+
+def attentions(graph: Graph) -> Iterator[tuple[Node, Attention, Found | None]]:
+    """(its last node, what it computes, the chain, if it is one) of each; see `Found.k_perm` for the axes of k in a chain."""
+    for node in graph.nodes:
+        whole, chain = view(Attention, node), find_attention(node)
+        if whole is not None:
+            yield node, whole, None
+        elif chain is not None:
+            yield node, Attention(chain.q, chain.k, chain.v, chain.mask, chain.scale, False), chain
+
+
+def rows_of(operand: Node, reader: Node) -> Rows:
+    """What stands behind the k or v that `reader` reads."""
+    whole, times, chain = ungrouped(operand)
+    reader = chain or reader
+    joined = view(Concat, whole)
+    if joined is None or len(joined.inputs) != 2 or joined.axis not in (-2, 2):
+        return Rows(whole, reader, None, None, times)
+    return Rows(joined.inputs[1], whole, joined.inputs[0], whole, times)
+
+
+def ungrouped(node: Node) -> tuple[Node, int, Node | None]:
+    """(y, n, its reader) of y [B, H, L, D] -> [B, H, 1, L, D] -> [B, H, n, L, D] -> [B, H * n, L, D]; (node, 1, None) for anything else."""
+    chain, value = [], node
+    for kinds in (("reshape",), ("expand",), ("unsqueeze", "reshape")):
+        moved = view(DataMovement, value)
+        if moved is None or moved.kind not in kinds or len(value.users) != 1:
+            return node, 1, None
+        chain.append(value)
+        value = moved.x
+    merged, expanded, single, start = (known_shape(n) for n in (*chain, value))
+    if start is None or len(start) != 4 or single != (*start[:2], 1, *start[2:]) or expanded is None or merged is None:
+        return node, 1, None
+    heads, times = start[1], expanded[2] if len(expanded) == 5 else None
+    if not isinstance(heads, int) or not isinstance(times, int) or expanded != (*start[:2], times, *start[2:]):
+        return node, 1, None
+    return (value, times, chain[-1]) if merged == (start[0], heads * times, *start[2:]) else (node, 1, None)
+
+
+def known_shape(node: Node) -> tuple[Dim, ...] | None:
+    """The shape of a value where each size, or its name, is known."""
+    t = type_of(node)
+    return None if t is None or t.shape is None or None in t.shape else t.shape

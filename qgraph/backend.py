@@ -30,7 +30,8 @@ class Placement:
     share            interface -> kinds whose output keeps the scale of its inputs
     absorb           activation kinds that a quantized output of their producer performs (saturation)
     accepts          (the operation seen through its interface, role, spec) -> None, or a sentence that says why the backend refuses; a role
-                     is "weight", "x", or "weight alone" for a weight that "weight" has passed, beside a float x
+                     is "weight", "x", "weight alone" for a weight that "weight" has passed, beside a float x, or "kv_cache" for rows of keys
+                     and values of an Attention
     pays             (the operation, the spec of its x, whether x comes from float, whether the result goes to float) -> None, or a
                      sentence that says why float is as fast; asked where no rule names the operation
     x_format         the form of static activations where a recipe leaves it open (`Int.symmetric` None); None: as the recipe has it

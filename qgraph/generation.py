@@ -1,4 +1,4 @@
-"""Generator: text from an ONNX file whose inputs and outputs carry a key/value cache, token by token, on ONNX Runtime.
+"""Text token by token. Generator: from an ONNX file whose inputs and outputs carry a key/value cache, on ONNX Runtime.
 
     logits, present = model(input_ids, attention_mask[, position_ids], past)
     next = choose(logits[:, -1]),  past = present,  and so on
@@ -9,6 +9,7 @@ One row or several, of which shorter ones are padded on the left.
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -18,13 +19,45 @@ import onnxruntime as ort
 from qgraph.backends.onnxruntime.runtime import Options, session
 from qgraph.errors import ModelError
 from qgraph.feeds import Input, of_argument
-from qgraph.tokens import empty_cache, roles
+from qgraph.tokens import Roles, empty_cache, roles
 
 Tokens = np.ndarray
 """int64 [batch] or [batch, length]."""
 
 
-class Generator:
+Step = Callable[[Tokens, Tokens], np.ndarray]
+"""(ids [batch, new], the mask of all so far [batch, past + new]) -> logits of the last position [batch, vocabulary]; it has a cache."""
+
+
+class TextGenerator(ABC):
+    """Text, token by token, from a model that has a cache."""
+
+    @abstractmethod
+    def begin(self, ids: Tokens, mask: Tokens, tokens: int) -> Step:
+        """With an empty cache, for texts that start with `ids` and get `tokens` more at most."""
+
+    def __call__(
+        self, input_ids: Any, *, mask: Any = None, tokens: int = 128, stop: Collection[int] = (), temperature: float = 0.0,
+        top_k: int | None = None, seed: int = 0,
+    ) -> Iterator[Tokens]:  # fmt: skip
+        """The next token of every row, int64 [batch], at most `tokens` times, until every row has had one of `stop`; a row that has goes on
+        with that one. `input_ids` is [batch, length]; shorter rows are padded on the left, where `mask` [batch, length] is 0.
+
+        `temperature` 0 takes the most probable token; above, one is drawn from softmax(logits / temperature), among the `top_k` most
+        probable ones."""
+        ids = np.asarray(input_ids, np.int64)
+        admitted = np.ones_like(ids) if mask is None else np.asarray(mask, np.int64)
+        choose = _greedy if temperature <= 0 else _sampler(temperature, top_k, np.random.default_rng(seed))
+        step, ended = self.begin(ids, admitted, tokens), np.zeros(len(ids), bool)
+        while tokens > 0 and not ended.all():
+            following = np.where(ended, ids[:, -1], choose(step(ids, admitted)))
+            yield following
+            ended |= np.isin(following, list(stop))
+            ids, tokens = following[:, None], tokens - 1
+            admitted = np.concatenate([admitted, np.ones_like(ids)], axis=1)
+
+
+class Generator(TextGenerator):
     """Runs the file at `path` with `threads` threads. Which input is what `tokens.roles` says; the cache is in the order of the outputs of four
     axes, and the first output of three are the logits.
 
@@ -44,37 +77,28 @@ class Generator:
             )
         self.logits = logits[0]
 
-    def __call__(
-        self, input_ids: Any, *, mask: Any = None, tokens: int = 128, stop: Collection[int] = (), temperature: float = 0.0,
-        top_k: int | None = None, seed: int = 0,
-    ) -> Iterator[Tokens]:  # fmt: skip
-        """The next token of every row, int64 [batch], at most `tokens` times, until every row has had one of `stop`; a row that has goes on
-        with that one. `input_ids` is [batch, length]; shorter rows are padded on the left, where `mask` [batch, length] is 0.
-
-        `temperature` 0 takes the most probable token; above, one is drawn from softmax(logits / temperature), among the `top_k` most
-        probable ones."""
-        ids = np.asarray(input_ids, np.int64)
-        admitted = np.ones_like(ids) if mask is None else np.asarray(mask, np.int64)
-        choose = _greedy if temperature <= 0 else _sampler(temperature, top_k, np.random.default_rng(seed))
+    def begin(self, ids: Tokens, mask: Tokens, tokens: int) -> Step:
         past = {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in empty_cache(self.roles, len(ids)).items()}
-        ended = np.zeros(len(ids), bool)
-        while tokens > 0 and not ended.all():
-            logits, past = self._step(ids, admitted, past)
-            following = np.where(ended, ids[:, -1], choose(logits))
-            yield following
-            ended |= np.isin(following, list(stop))
-            ids, tokens = following[:, None], tokens - 1
-            admitted = np.concatenate([admitted, np.ones_like(ids)], axis=1)
+
+        def step(ids: Tokens, mask: Tokens) -> np.ndarray:
+            nonlocal past
+            logits, past = self._step(ids, mask, past)
+            return logits
+
+        return step
 
     def _step(self, ids: Tokens, mask: Tokens, past: dict[str, ort.OrtValue]) -> tuple[np.ndarray, dict[str, ort.OrtValue]]:
         """(logits of the last position [batch, vocabulary], the cache with `ids` in it); the cache is not copied out of ONNX Runtime."""
-        position = np.maximum(mask.cumsum(1) - 1, 0)[:, -ids.shape[1] :]
-        known = self.roles
-        named = {i.name: v for part, v in (((known.ids,), ids), (known.masks, mask), (known.positions, position)) for i in part}
-        feeds = past | {n: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(v)) for n, v in named.items()}
+        feeds = past | {n: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(v)) for n, v in named_feeds(self.roles, ids, mask).items()}
         values, *present = self.session.run_with_ort_values([self.logits, *self.present], feeds)
         logits: np.ndarray = values.numpy()[:, -1]
         return logits, dict(zip(past, present, strict=True))
+
+
+def named_feeds(known: Roles, ids: Tokens, mask: Tokens) -> dict[str, Tokens]:
+    """The model's inputs but its cache, by name, for `ids` [batch, new] and the mask of all tokens so far."""
+    position = np.maximum(mask.cumsum(1) - 1, 0)[:, -ids.shape[1] :]
+    return {i.name: v for part, v in (((known.ids,), ids), (known.masks, mask), (known.positions, position)) for i in part}
 
 
 def _rank(value: Input) -> int | None:

@@ -134,7 +134,8 @@ class Recipe:
     `rules` maps a glob over module paths and ONNX node names to None (stays float) or to a mapping with `weights` and
     `activations` that replace the recipe's own; the last rule that matches wins. `observer` names an entry of
     `qgraph.observe.OBSERVERS`, `observer_options` its arguments; `weight_range` and `weight_range_options` say in the same words how
-    the ranges of weights are chosen from their values. `embeddings` is the format of embedding tables (None: float)."""
+    the ranges of weights are chosen from their values. `embeddings` is the format of embedding tables (None: float), `kv_cache` that of keys
+    and values of attention: bits, and symmetric or not."""
 
     weights: Int | None = None
     activations: Int | None = None
@@ -149,15 +150,15 @@ class Recipe:
     name: str = "custom"
 
     def __post_init__(self) -> None:
-        if self.weights is None and self.activations is None:
-            raise RecipeError("the recipe quantizes nothing: give weights, activations or both")
+        if self.weights is None and self.activations is None and self.kv_cache is None:
+            raise RecipeError("the recipe quantizes nothing: give weights, activations, kv_cache or several of them")
         if self.weights is not None and self.weights.codebook is not None:
             if self.activations is not None:
                 raise RecipeError("levels of a codebook are multiplied in float: take 16 bits for activations, such as w4a16-nf-g64")
             if self.weight_range not in SEARCHES:
                 raise RecipeError(f"weight_range of a codebook is {' or '.join(SEARCHES)}, not {self.weight_range!r}")
-        if self.kv_cache is not None:
-            raise RecipeError("no backend quantizes the key/value cache yet; leave kv_cache out")
+        if self.kv_cache is not None and (self.kv_cache.group, self.kv_cache.codebook, self.kv_cache.per) != (None, None, None):
+            raise RecipeError("rows of a key/value cache have one scale each, found at run time: kv_cache takes bits and symmetric alone")
         if self.observer != Recipe.observer and not self.static:
             raise RecipeError(
                 f"observer={self.observer!r} chooses static activation ranges, and recipe {self.name} has none: its activations are in float "

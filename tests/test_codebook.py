@@ -149,7 +149,7 @@ def test_names_of_recipes() -> None:
         (lambda: Int(4, codebook="nf").activation_spec(), "codebook 'nf' is for weights"),
         (lambda: named("w4a8-nf-g64"), "take 16 bits for activations, such as w4a16-nf-g64"),
         (lambda: load_recipe("nf4-g64", ["weight_range=entropy"]), "weight_range of a codebook is minmax or search, not 'entropy'"),
-        (lambda: Recipe(weights=Int(4, codebook="log"), kv_cache=Int(8)), "no backend quantizes the key/value cache"),
+        (lambda: Recipe(weights=Int(8), kv_cache=Int(4, codebook="log")), "kv_cache takes bits and symmetric alone"),
         (lambda: named("w4a16-nff"), "unknown suffix -nff; did you mean 'nf'?"),
     ],
 )

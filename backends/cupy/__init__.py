@@ -26,12 +26,14 @@ __all__ = ["PLACEMENT", "Cupy", "Program", "lowering_passes"]
 @dataclass(frozen=True)
 class Cupy:
     """`rows`: how many rows linears will see (batch times new tokens); from 16 on weight-only linears become integer ones, see policy.py, and
-    None keeps the formats of the graph. `device`: where the program runs; by default the current CUDA device, or the CPU while kernels are
+    None keeps the formats of the graph. `capacity`: tokens of a quantized key/value cache, which the program keeps on the device for
+    generation.CudaGenerator (see keep_cache.py). `device`: where the program runs; by default the current CUDA device, or the CPU while kernels are
     emulated."""
 
     name: str = "cupy"
     placement: Placement = PLACEMENT
     rows: int | None = None
+    capacity: int | None = None
     device: str | None = None
 
     def lower(self, gm: GraphModule, *, strict: bool = False) -> Program:
@@ -40,7 +42,7 @@ class Cupy:
         `strict`: a linear or embedding of quantized weights without a kernel is an error. Raises LoweringError where there is no device."""
         device = self.target_device()
         ctx = Context()
-        Pipeline(*lowering_passes(self.rows), name=self.name).run(gm, ctx)
+        Pipeline(*lowering_passes(self.rows, self.capacity), name=self.name).run(gm, ctx)
         state(gm).stage = "lowered"
         program = Program.of(gm, device, ctx.declines)
         missed = [k for k in program.kernels() if not k.fused]

@@ -1,6 +1,6 @@
 """Passes that turn a converted graph, of either dialect, into one whose quantized operations are torch.ops.qgraph_cuda.* (see ops.py).
 
-turn_weights -> fold_pad -> absorb_activation -> fuse_dequant_matmul -> rows_in_integers -> merge_equal
+keep_cache -> turn_weights -> fold_pad -> absorb_activation -> fuse_dequant_matmul -> rows_in_integers -> merge_equal
 -> fuse_norm_quantize -> fuse_act_quantize -> claim_kernels
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from qgraph.backends.cupy.claim import ClaimKernels
 from qgraph.backends.cupy.fuse import FuseActQuantize, FuseNormQuantize
+from qgraph.backends.cupy.keep_cache import KeepCache
 from qgraph.backends.cupy.policy import RowsInIntegers
 from qgraph.backends.onnxruntime.legalize import TurnWeights
 from qgraph.passes.absorb_activation import AbsorbActivation
@@ -17,9 +18,10 @@ from qgraph.passes.merge_equal import MergeEqual
 from qgraph.pipeline import Pass
 
 
-def lowering_passes(rows: int | None = None) -> tuple[Pass, ...]:
-    """`rows`: how many rows the linears will see, see `policy`; None keeps the formats of the graph."""
+def lowering_passes(rows: int | None = None, capacity: int | None = None) -> tuple[Pass, ...]:
+    """`rows`: how many rows the linears will see, see `policy`; None keeps the formats of the graph. `capacity`: see `keep_cache`."""
     return (
+        KeepCache(capacity),
         TurnWeights(),
         FoldPad(),
         AbsorbActivation(),

@@ -22,6 +22,8 @@ def _accepts(operation: Any, role: str, spec: QSpec) -> str | None:
         return obstacle
     if role == "x":
         return _accepts_x(spec)
+    if role == "kv_cache":
+        return None if spec.bits in (4, 8) else "a cache has 4 or 8 bits"
     if isinstance(operation, Conv):
         return None if spec.symmetric and spec.signed and spec.bits <= 8 else f"convolutions have signed symmetric weights here, not {spec}"
     return _accepts_embedding(spec) if isinstance(operation, Embedding) else _accepts_weight(operation, role, spec)

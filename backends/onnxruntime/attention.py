@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
-from qgraph.attention import Found, find_attention
+from qgraph.attention import Found, find_attention, known_shape
 from qgraph.backends.onnxruntime.emit import Emitter, emit
-from qgraph.backends.onnxruntime.gqa import SPLIT, Heads, before_split, heads_of, known_shape, return_presents
+from qgraph.backends.onnxruntime.gqa import SPLIT, Heads, before_split, heads_of, return_presents
 from qgraph.backends.onnxruntime.rotary import fuse_rotary
 from qgraph.onnx_io import opset
 from qgraph.pattern import Match, Op, Var

@@ -1,7 +1,4 @@
-"""Grouped queries and a cache: what decoders have between k, v and attention.
-
-    Reshape(Expand(Unsqueeze(k)))  -> k, each head of which Attention reads for several heads of q
-    Concat(past, k)                -> the present that Attention returns beside its result
+"""Grouped queries and a cache (see qgraph.attention), of which Attention reads the heads of k and v once and returns the present.
 
 Of ONNX Runtime's two operators for this, Attention of opset 23 takes any mask, so that nothing has to be proven about it, and is the faster
 one unless past and present share their memory (microseconds per layer, 9 heads of 64 for 3 of k and v, 2 threads; chain, Attention,
@@ -16,9 +13,9 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
+from qgraph.attention import ungrouped
 from qgraph.edit import graph_modules, replace
 from qgraph.onnx_node import arg
-from qgraph.types import Dim, type_of
 from qgraph.views import Concat, DataMovement, key, view
 
 SPLIT = (0, 2, 1, 3)
@@ -43,7 +40,7 @@ def heads_of(node: Node, perm: tuple[int, ...] | None = None) -> Heads | None:
     """k or v as an attention reads it; `perm`: the order in which the chain reads the axes of `node`, as in `attention.Found`."""
     if perm is not None:
         return Heads(node, None, None, 1) if perm == SPLIT else None
-    whole, times, reader = _ungrouped(node)
+    whole, times, reader = ungrouped(node)
     joined = view(Concat, whole)
     if joined is None or len(joined.inputs) != 2 or joined.axis not in (-2, 2):
         new = before_split(whole)
@@ -59,30 +56,6 @@ def before_split(node: Node) -> Node | None:
     """The value [batch, length, heads, size] that `node` transposes."""
     moved = view(DataMovement, node)
     return moved.x if moved is not None and moved.kind == "transpose" and moved.perm == SPLIT else None
-
-
-def _ungrouped(node: Node) -> tuple[Node, int, Node | None]:
-    """(y, n, its reader) of y [B, H, L, D] -> [B, H, 1, L, D] -> [B, H, n, L, D] -> [B, H * n, L, D]; (node, 1, None) for anything else."""
-    chain, value = [], node
-    for kinds in (("reshape",), ("expand",), ("unsqueeze", "reshape")):
-        moved = view(DataMovement, value)
-        if moved is None or moved.kind not in kinds or len(value.users) != 1:
-            return node, 1, None
-        chain.append(value)
-        value = moved.x
-    merged, expanded, single, start = (known_shape(n) for n in (*chain, value))
-    if start is None or len(start) != 4 or single != (*start[:2], 1, *start[2:]) or expanded is None or merged is None:
-        return node, 1, None
-    heads, times = start[1], expanded[2] if len(expanded) == 5 else None
-    if not isinstance(heads, int) or not isinstance(times, int) or expanded != (*start[:2], times, *start[2:]):
-        return node, 1, None
-    return (value, times, chain[-1]) if merged == (start[0], heads * times, *start[2:]) else (node, 1, None)
-
-
-def known_shape(node: Node) -> tuple[Dim, ...] | None:
-    """The shape of a value where each size, or its name, is known."""
-    t = type_of(node)
-    return None if t is None or t.shape is None or None in t.shape else t.shape
 
 
 def return_presents(gm: GraphModule) -> int:

@@ -28,6 +28,8 @@ SIMULATED = "; prepared for the backend 'reference' they are simulated"
 def _accepts(operation: Any, role: str, spec: QSpec) -> str | None:
     if role == "weight alone":
         return None
+    if role == "kv_cache":
+        return f"attention reads floats here; the backend 'cupy' stores {spec.bits} bits{SIMULATED}"
     if role == "weight":
         return _accepts_weight(operation, spec)
     if isinstance(operation, Conv) and operation.transposed:

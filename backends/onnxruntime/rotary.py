@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from qgraph.attention import known_shape
 from qgraph.backends.onnxruntime.emit import Emitter
-from qgraph.backends.onnxruntime.gqa import SPLIT, before_split, known_shape
+from qgraph.backends.onnxruntime.gqa import SPLIT, before_split
 from qgraph.formula import number
 from qgraph.onnx_io import opset
 from qgraph.onnx_node import arg, attr, const_ints

@@ -13,9 +13,9 @@ from torch.fx import GraphModule, Node
 
 from qgraph import chains
 from qgraph.backends.onnxruntime.emit import MICROSOFT, Emitter, emit
-from qgraph.backends.onnxruntime.flat_transpose import plain_transpose
 from qgraph.onnx_io import opset
 from qgraph.onnx_node import op_type
+from qgraph.passes.flat_transpose import plain_transpose
 from qgraph.pattern import Match, OneOf, Op
 from qgraph.pipeline import EQUIVALENT, Context, Contract, Pass
 from qgraph.rewrite import Rewriter, rule

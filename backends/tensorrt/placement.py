@@ -25,6 +25,8 @@ BLOCKS = (64, 128)
 def _accepts(operation: Any, role: str, spec: QSpec) -> str | None:
     if role == "weight alone":
         return None if spec.group else "there is no kernel for an int8 weight with float x"
+    if role == "kv_cache":
+        return "attention reads floats here"
     if isinstance(spec.granularity, PerGroup):
         if role == "weight" and isinstance(operation, Linear) and (spec.dtype, spec.symmetric) == ("int4", True) and spec.group in BLOCKS:
             return None

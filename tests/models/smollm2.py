@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from qgraph.decoder import Decoder
 from tests.models import data
 
 WINDOW = 256
@@ -42,6 +43,13 @@ class LogitsOnly(torch.nn.Module):
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.lm(input_ids=input_ids, use_cache=False).logits
+
+
+def decoder(lm: Any) -> Decoder:
+    """With the cache as inputs and outputs, and logits of the last position alone."""
+    from transformers import DynamicCache
+
+    return Decoder(lm, cache=DynamicCache, options={"logits_to_keep": 1})
 
 
 def folder() -> Path:

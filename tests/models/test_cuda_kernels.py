@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import qgraph
-from qgraph.backends.cupy import lowering_passes
+from qgraph.backends.cupy import Cupy, lowering_passes
 from qgraph.backends.cupy.emulate import emulation
+from qgraph.backends.cupy.generation import CudaGenerator
 from qgraph.edit import copy_graph
 from qgraph.pipeline import Pipeline
 from tests.models import smollm2, zoo
@@ -49,3 +50,20 @@ def test_a_language_model_at_four_bits_is_its_reference_program():
     kernels, _, error = lowered(gm, ids)
     assert kernels == {"weight_only_linear": 211, "embedding_dequantize": 1}
     assert error < 1e-3
+
+
+@pytest.mark.slow
+def test_a_language_model_writes_the_text_of_its_reference_program_from_a_cache_of_eight_bits():
+    decoder = smollm2.decoder(smollm2.causal_lm())
+    shapes = {"example_inputs": decoder.example_inputs(), "dynamic_shapes": decoder.dynamic_shapes()}
+    recipe = qgraph.load_recipe("w8a16kv8", ["weight_range=minmax"])
+    gm = qgraph.quantize(decoder, recipe=recipe, backend="cupy", **shapes)
+    text = smollm2.windows()[1][0, :6].tolist()
+    with emulation():
+        generator = CudaGenerator(qgraph.lower(gm, backend=Cupy(capacity=64), strict=True))
+        found = [int(token[0]) for token in generator([text], tokens=3)]
+    assert len(generator.kept.layers) == 30
+    for _ in range(3):
+        with torch.no_grad():
+            text.append(int(gm(*decoder.feed(torch.tensor([text])))["logits"][0, -1].argmax()))
+    assert found == text[-3:]

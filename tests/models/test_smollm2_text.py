@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import qgraph
-from qgraph.decoder import Decoder
 from qgraph.generation import Generator
 from tests.models import smollm2
 
@@ -18,10 +17,9 @@ PROMPTS = (
 
 @pytest.mark.slow
 def test_greedy_text_of_8_bit_weights_is_that_of_the_float_model(tmp_path) -> None:
-    from transformers import DynamicCache
 
     lm, tokenizer = smollm2.causal_lm(), smollm2.tokenizer()
-    decoder = Decoder(lm, cache=DynamicCache, options={"logits_to_keep": 1})
+    decoder = smollm2.decoder(lm)
     path, shapes = tmp_path / "smollm2.onnx", decoder.dynamic_shapes()
     qgraph.quantize(decoder, example_inputs=decoder.example_inputs(), dynamic_shapes=shapes, recipe="w8a16", output=path)
     generator = Generator(path)

@@ -102,10 +102,16 @@ def test_what_only_looks_like_nothing_stays(body):
         lambda x: x + 0,
         lambda x: x * 1.0,
         lambda x: x / 1,
+        lambda x: torch.cat([torch.tensor([]), x], -2),
     ],
 )
 def test_what_does_nothing_goes_from_a_torch_graph(fn):
     check(Canonicalize(), from_torch(Fn(lambda x: fn(-x)), X), (X,), "%0: f32[2,3,4] = aten.neg(%x)\nreturn %0")
+
+
+def test_an_empty_tensor_that_changes_the_type_of_what_it_joins_stays():
+    ints = torch.arange(6).reshape(2, 3)
+    assert "cat" in text(check(Canonicalize(), from_torch(Fn(lambda x: torch.cat([torch.tensor([]), x])), ints), (ints,), None))
 
 
 def test_integer_division_by_one_changes_the_type_and_stays():

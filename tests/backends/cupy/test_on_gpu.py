@@ -12,10 +12,13 @@ import torch
 from torch.utils import _pytree as pytree
 
 import qgraph
+from qgraph.backends.cupy import Cupy
 from qgraph.backends.cupy.emulate import emulation
+from qgraph.backends.cupy.generation import CudaGenerator
 from qgraph.backends.cupy.roofline import A100
 from qgraph.errors import LoweringError
 from tests.backends.cupy.cases import SMALL
+from tests.backends.cupy.decoders import small
 from tests.bench import cuda
 
 GPU = pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")])
@@ -116,6 +119,16 @@ def test_a_program_gives_what_its_graph_gives(recipe, device):
     found = program(x)
     assert found.device.type == device.type
     assert (found.cpu() - expected).norm() <= 2e-3 * expected.norm()
+
+
+@on_devices
+def test_a_decoder_writes_the_text_of_its_graph_from_a_cache_in_integers(device):
+    (decoder, gm), text = small(), [7, 8, 61]
+    found = [int(token[0]) for token in CudaGenerator(qgraph.lower(gm, backend=Cupy(capacity=32), strict=True))([text], tokens=4)]
+    for _ in range(4):
+        with torch.no_grad():
+            text.append(int(gm(*decoder.feed(torch.tensor([text])))["logits"][0, -1].argmax()))
+    assert found == text[-4:]
 
 
 def on_the_host(run):
