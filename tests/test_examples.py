@@ -17,6 +17,7 @@ SHOWS = {
         "for large batches: quantize_rows",
     ),
     "generate.py": ("--- float", "--- w4a16-g32, 0.1 MB", "for a prompt of 30 tokens, then"),
+    "generate.py --cuda": ("--- w4a16kv8-g128 on CUDA kernels, emulated: ", "for a prompt of 30 tokens, then"),
     "quantize_torch.py": ("onnxruntime  accuracy", "QLinearConv"),
     "quantize_onnx.py": ("rule 'head'", "SQNR", "MatMulInteger"),
     "torch_compile.py": ("w8a8-dynamic   relative error", "w8a16          relative error"),
@@ -32,8 +33,9 @@ def run(tmp_path_factory):
 
     @cache
     def printed(name: str) -> str:
-        environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)}
-        command, folder = [sys.executable, str(EXAMPLES / name), *ARGUMENTS.get(name, ())], tmp_path_factory.mktemp("example")
+        file, *options = name.split()
+        environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)} | ({"QGRAPH_CUDA": "emulate"} if "--cuda" in options else {})
+        command, folder = [sys.executable, str(EXAMPLES / file), *options, *ARGUMENTS.get(file, ())], tmp_path_factory.mktemp("example")
         result = subprocess.run(command, check=False, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr
         return result.stdout
@@ -57,7 +59,7 @@ def test_the_ablation_shows_that_activations_are_what_hurts(run):
 
 
 def test_every_example_but_the_demo_is_listed_here():
-    assert {p.name for p in EXAMPLES.glob("*.py")} == {*SHOWS, "demo.py"}
+    assert {p.name for p in EXAMPLES.glob("*.py")} == {*(name.split()[0] for name in SHOWS), "demo.py"}
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.name)
