@@ -2,7 +2,6 @@
 
 python examples/generate.py --recipe w4a8-g32-sym --prompt "Why is the sky blue?"
 python examples/generate.py --tiny      # a random decoder of two layers instead, which needs no weights
-python examples/generate.py --cuda      # in half precision on CUDA kernels, the cache in 8 bits; QGRAPH_CUDA=emulate runs these on the CPU
 """
 
 import argparse
@@ -16,10 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM, logging
 
 import qgraph
-from qgraph.backends.cupy import Cupy
-from qgraph.backends.cupy.generation import CudaGenerator
 from qgraph.decoder import Decoder
-from qgraph.errors import QGraphError
 from qgraph.generation import Generator
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -49,22 +45,12 @@ def tiny():
     return LlamaForCausalLM(LlamaConfig(vocab_size=256, **sizes)).eval(), None
 
 
-def on_onnxruntime(decoder, recipe, folder, threads):
-    """(name and size, a generator) of the float model and the quantized one."""
-    example, shapes = decoder.example_inputs(), decoder.dynamic_shapes()
-    paths = {"float": folder / "float.onnx", recipe: folder / "quantized.onnx"}
-    torch.onnx.export(decoder, example, paths["float"], dynamic_shapes=shapes, dynamo=True, external_data=False, verbose=False)
-    qgraph.quantize(decoder, example_inputs=example, dynamic_shapes=shapes, recipe=recipe, output=paths[recipe])
-    for name, path in paths.items():
-        yield f"{name}, {path.stat().st_size / 1e6:.1f} MB", Generator(path, threads=threads)
-
-
-def on_cuda(decoder, recipe, capacity):
-    """The same of the quantized model with its cache in integers."""
-    example, shapes = decoder.example_inputs(), decoder.dynamic_shapes()
-    quantized = qgraph.quantize(decoder, example_inputs=example, dynamic_shapes=shapes, recipe=recipe, backend="cupy")
-    program = qgraph.lower(quantized, backend=Cupy(capacity=capacity))
-    yield f"{recipe} on CUDA kernels{'' if program.device.type == 'cuda' else ', emulated'}", CudaGenerator(program)
+def prompted(text, tokenizer):
+    """(ids [1, length], ids -> text, the ids that end an answer)"""
+    if tokenizer is None:
+        return torch.tensor([list(text.encode())]), lambda tokens: f"{tokens[0]} ", ()
+    text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, return_tensors="pt").input_ids, tokenizer.decode, {tokenizer.eos_token_id}
 
 
 def write(generator, ids, decode, *, tokens, stop):
@@ -80,34 +66,26 @@ def write(generator, ids, decode, *, tokens, stop):
 def main(args, folder):
     torch.manual_seed(0)
     model, tokenizer = tiny() if args.tiny else smollm2()
-    if tokenizer is None:
-        ids, decode, stop = torch.tensor([list(args.prompt.encode())]), lambda tokens: f"{tokens[0]} ", ()
-    else:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": args.prompt}], tokenize=False, add_generation_prompt=True)
-        ids, decode, stop = tokenizer(text, return_tensors="pt").input_ids, tokenizer.decode, {tokenizer.eos_token_id}
-    # Of the prompt, only the last logits are of use.
-    decoder = Decoder(model.half() if args.cuda else model, cache=DynamicCache, options={"logits_to_keep": 1}).eval()
-    recipe = args.recipe or ("w4a16kv8-g128" if args.cuda else "w4a16-g32")
-    capacity = ids.shape[1] + args.tokens
-    found = on_cuda(decoder, recipe, capacity) if args.cuda else on_onnxruntime(decoder, recipe, folder, args.threads)
-    for name, generator in found:
-        print(f"--- {name}")
-        prompt, rate = write(generator, ids, decode, tokens=args.tokens, stop=stop)
+    ids, decode, stop = prompted(args.prompt, tokenizer)
+    decoder = Decoder(model, cache=DynamicCache, options={"logits_to_keep": 1}).eval()  # of the prompt, only the last logits are of use
+    example, shapes = decoder.example_inputs(), decoder.dynamic_shapes()
+    paths = {"float": folder / "float.onnx", args.recipe: folder / "quantized.onnx"}
+    torch.onnx.export(decoder, example, paths["float"], dynamic_shapes=shapes, dynamo=True, external_data=False, verbose=False)
+    qgraph.quantize(decoder, example_inputs=example, dynamic_shapes=shapes, recipe=args.recipe, output=paths[args.recipe])
+    for name, path in paths.items():
+        print(f"--- {name}, {path.stat().st_size / 1e6:.1f} MB")
+        prompt, rate = write(Generator(path, threads=args.threads), ids, decode, tokens=args.tokens, stop=stop)
         print(f"--- {name}: {prompt * 1e3:.0f} ms for a prompt of {ids.shape[1]} tokens, then {rate:.1f} tokens/s")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a random decoder instead of SmolLM2")
-    parser.add_argument("--cuda", action="store_true", help="on CUDA kernels")
-    parser.add_argument("--recipe", help="w4a16-g32 by default, w4a16kv8-g128 with --cuda")
+    parser.add_argument("--recipe", default="w4a16-g32")
     parser.add_argument("--prompt", default="What is the capital of France?")
     parser.add_argument("--tokens", type=int, default=64, help="at most that many")
     parser.add_argument("--threads", type=int)
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as temporary:
-        try:
-            main(parser.parse_args(), Path(temporary))
-        except QGraphError as error:
-            raise SystemExit(str(error)) from error
+        main(parser.parse_args(), Path(temporary))

@@ -17,14 +17,15 @@ SHOWS = {
         "for large batches: quantize_rows",
     ),
     "generate.py": ("--- float", "--- w4a16-g32, 0.1 MB", "for a prompt of 30 tokens, then"),
-    "generate.py --cuda": ("--- w4a16kv8-g128 on CUDA kernels, emulated: ", "for a prompt of 30 tokens, then"),
+    "generate_cuda.py": ("--- w4a16kv8-g128 on cpu, kernels emulated", "for a prompt of 30 tokens, then"),
     "quantize_torch.py": ("onnxruntime  accuracy", "QLinearConv"),
     "quantize_onnx.py": ("rule 'head'", "SQNR", "MatMulInteger"),
     "torch_compile.py": ("w8a8-dynamic   relative error", "w8a16          relative error"),
     "write_a_backend.py": ("became='packed', fused=True", "relative error"),
     "write_a_pass.py": ("merge_linears: 1 changes", "@merged", "merge declined at 4: the first layer has a bias"),
 }
-ARGUMENTS = {"generate.py": ("--tiny", "--tokens", "8")}
+ARGUMENTS = dict.fromkeys(("generate.py", "generate_cuda.py"), ("--tiny", "--tokens", "8"))
+ENVIRONMENTS = {"generate_cuda.py": {"QGRAPH_CUDA": "emulate"}}
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +34,8 @@ def run(tmp_path_factory):
 
     @cache
     def printed(name: str) -> str:
-        file, *options = name.split()
-        environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)} | ({"QGRAPH_CUDA": "emulate"} if "--cuda" in options else {})
-        command, folder = [sys.executable, str(EXAMPLES / file), *options, *ARGUMENTS.get(file, ())], tmp_path_factory.mktemp("example")
+        environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)} | ENVIRONMENTS.get(name, {})
+        command, folder = [sys.executable, str(EXAMPLES / name), *ARGUMENTS.get(name, ())], tmp_path_factory.mktemp("example")
         result = subprocess.run(command, check=False, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr
         return result.stdout
@@ -59,7 +59,7 @@ def test_the_ablation_shows_that_activations_are_what_hurts(run):
 
 
 def test_every_example_but_the_demo_is_listed_here():
-    assert {p.name for p in EXAMPLES.glob("*.py")} == {*(name.split()[0] for name in SHOWS), "demo.py"}
+    assert {p.name for p in EXAMPLES.glob("*.py")} == {*SHOWS, "demo.py"}
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.name)
