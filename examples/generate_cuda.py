@@ -8,7 +8,7 @@ import argparse
 import warnings
 
 import torch
-from generate import prompted, smollm2, tiny, write
+from _smollm2 import prompted, smollm2, tiny, write
 from transformers import DynamicCache, logging
 
 import qgraph

@@ -59,7 +59,7 @@ def test_the_ablation_shows_that_activations_are_what_hurts(run):
 
 
 def test_every_example_but_the_demo_is_listed_here():
-    assert {p.name for p in EXAMPLES.glob("*.py")} == {*SHOWS, "demo.py"}
+    assert {p.name for p in EXAMPLES.glob("[!_]*.py")} == {*SHOWS, "demo.py"}
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.name)
