@@ -25,9 +25,11 @@ ROW = 8
 """Packed rows are a multiple of so many bytes: what a thread reads at most."""
 BLOCK = 256
 TILES = 65535
-"""Blocks along a row at most: the grid's second axis."""
+"""Blocks along a row at most: the second axis of unpack's grid."""
 UNPACKED = 16
 """Integers that a thread of unpack writes."""
+VECTORS = 128
+"""16-byte pieces of a row that a warp of embedding_dequantize writes."""
 
 
 def _kernel(bits: int, dtype: torch.dtype) -> Kernel:
@@ -53,15 +55,6 @@ def pack_table(q: Tensor, dtype: str) -> Tensor:
     return F.pad(q, (0, -q.shape[1] % ROW)).contiguous()
 
 
-def _sized(k: int, each: int) -> tuple[int, int]:
-    """Threads of a block, and blocks, for a row of k elements of which a thread makes `each`."""
-    if k > LARGEST or -(-k // (each * BLOCK)) > TILES:
-        raise LoweringError(f"the kernels of quantized tables take rows of at most {each * BLOCK * TILES} elements, not {k}")
-    threads = -(-k // each)
-    block = min(BLOCK, -(-threads // 32) * 32)
-    return block, -(-threads // block) if block else 0
-
-
 def _dequantize(
     ids: Tensor | None, table: Tensor, bits: int, flip: int, k: int, scale: Tensor, zero_point: Tensor | None, group: int, out: Tensor
 ) -> None:
@@ -72,12 +65,14 @@ def _dequantize(
         raise LoweringError(f"{scale.numel()} scales do not fit {table.shape[0]} rows of {groups} groups each")
     if zero_point is not None and zero_point.numel() != scale.numel():
         raise LoweringError(f"{zero_point.numel()} zero points do not fit {scale.numel()} scales")
-    block, tiles = _sized(k, VECTOR // real.itemsize)
+    if k > LARGEST:
+        raise LoweringError(f"the kernels of quantized tables take rows of at most {LARGEST} elements, not {k}")
     zero_flip = 128 if zero_point is not None and zero_point.dtype == torch.int8 else 0
     zero = None if zero_point is None else whole(zero_point)
-    sizes = (table.shape[0], k, table.shape[1], group or max(k, 1), groups, flip, zero_flip)
-    rows = out.numel() // k if k else 0
-    _kernel(bits, real)((rows, tiles), block, None if ids is None else ids.contiguous(), whole(table), whole(scale), zero, out, *sizes)
+    rows, pieces = out.numel() // k if k else 0, -(-k * real.itemsize // (VECTOR * VECTORS))
+    sizes = (rows, pieces, table.shape[0], k, table.shape[1], group or k, groups, flip, zero_flip)
+    blocks = -(-rows * pieces // (BLOCK // 32))
+    _kernel(bits, real)((blocks,), BLOCK, None if ids is None else ids.contiguous(), whole(table), whole(scale), zero, out, *sizes)
 
 
 @cuda_op("Tensor ids, Tensor table, Tensor scale, Tensor? zero_point, str dtype, int k, int group")
@@ -125,7 +120,11 @@ def unpack(packed: Tensor, dtype: str, k: int) -> Tensor:
     if bits_of(dtype) == 8:
         return packed[:, :k].view(storage(dtype)).clone(memory_format=torch.contiguous_format)
     packed, out = whole(packed), packed.new_empty((packed.shape[0], k), dtype=storage(dtype))
-    block, tiles = _sized(k, UNPACKED)
+    threads = -(-k // UNPACKED)
+    block = min(BLOCK, -(-threads // 32) * 32)
+    tiles = -(-threads // block) if block else 0
+    if tiles > TILES:
+        raise LoweringError(f"codes are unpacked in rows of at most {UNPACKED * BLOCK * TILES}, not {k}")
     UNPACK((packed.shape[0], tiles), block, packed, out, k, packed.shape[1], int(not dtype.startswith("u")))
     return out
 

@@ -13,6 +13,12 @@ from qgraph.backends.cupy.launch import TYPES, Kernel
 from qgraph.backends.cupy.ops import cuda_op
 from qgraph.backends.cupy.roofline import Work
 from qgraph.backends.cupy.rows import CONFIGS, Given, RowConfig, Rows, beside, byte_range, choose, empty_rows, float_type, row_count, whole
+from qgraph.backends.cupy.w8a8 import device_of
+
+THREADS = 768
+"""Of the blocks that a multiprocessor gets at most, where they keep the weight for several rows: as many as it holds at once."""
+STAGED = 256
+"""The largest team with room for the weight in shared memory."""
 
 
 def _kernel(config: RowConfig, dtype: torch.dtype) -> Kernel:
@@ -51,7 +57,7 @@ def norm_quantize(
     found, h, y = _empty(x, residual, dtype, dynamic=scale is None, sums=sums, keep_y=keep_y)
     read = (whole(x), beside(x, "residual", residual, tuple(x.shape)), beside(x, "weight", weight, (k,)), beside(x, "bias", bias, (k,)))
     parameters = (static.scale, static.zero_point, static.every, rows, k, low, high, int(symmetric), int(layer), float(eps))
-    _kernel(config, real)((config.blocks(rows),), config.block, *read, h, y, *found, *parameters)
+    _kernel(config, real)((_blocks(config, rows, x.device),), config.block, *read, h, y, *found, *parameters)
     return *found, h, y
 
 
@@ -72,6 +78,12 @@ def _(
 ) -> tuple[Tensor, ...]:
     found, h, y = _empty(x, residual, dtype, dynamic=scale is None, sums=sums, keep_y=keep_y)
     return *found, h, y
+
+
+def _blocks(config: RowConfig, rows: int, device: torch.device) -> int:
+    """A team for each row; or as many as the device holds, which do several rows each."""
+    _, sms = device_of(device)
+    return min(config.blocks(rows), sms * THREADS // config.block) if config.lanes <= STAGED else config.blocks(rows)
 
 
 def _empty(x: Tensor, residual: Tensor | None, dtype: str, *, dynamic: bool, sums: bool, keep_y: bool) -> tuple[Rows, Tensor, Tensor]:

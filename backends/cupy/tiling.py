@@ -37,15 +37,11 @@ def integer_linear(m: int, n: int, k: int, out: torch.dtype, device: Device) -> 
 
 def weight_only_linear(m: int, n: int, k: int, bits: int, group: int, real: torch.dtype, device: Device, *, zeros: bool) -> Launch:
     """Of weight_only_linear, as `weight_only.choose` has it on the device."""
-    plan = weight_only.choose(m, n, k, real, device.arch)
-    rows, columns = -(-m // plan.config.rows), -(-n // weight_only.OUTPUTS)
+    plan = weight_only.choose(m, n, k, bits, real, device.arch)
+    rows, columns = -(-m // plan.config.rows), -(-n // plan.config.outputs)
     least = weight_only.work(m, n, k, bits, group, real, zeros=zeros).bytes
     results = m * n * real.itemsize
     x = m * k * (2 if isinstance(plan.config, weight_only.Gemm) else real.itemsize)
     weight = least - results - m * k * real.itemsize
     partial = 8 * plan.splits * m * n if plan.splits > 1 else 0
-    return Launch(x * columns + weight * rows + results + partial, rows * columns * plan.splits, _per_sm(plan.config))
-
-
-def _per_sm(config: weight_only.Config) -> int:
-    return config.blocks if isinstance(config, weight_only.Gemm) else 2
+    return Launch(x * columns + weight * rows + results + partial, rows * columns * plan.splits, plan.config.blocks)

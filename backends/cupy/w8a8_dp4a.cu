@@ -21,10 +21,11 @@
 // and 108 multiprocessors:
 //
 //          1536 x 576   4096 x 4096   14336 x 4096
-//   M = 1        1.05          1.03           1.03      To stay below 1.05, several rows need B = 24 M or so. Blocks as wide, were N
-//   M = 2        1.08          1.03           1.02      small, would leave most multiprocessors idle, and splitting K instead costs
-//   M = 4        1.14          1.06           1.03      as much in partial sums. So there the bound is missed on purpose.
-//   M = 8        1.26          1.13           1.05
+//   M = 1        1.05          1.03           1.03      N / B blocks read x, M K bytes, N / B - 1 times more than they must: less than
+//   M = 2        1.08          1.03           1.02      a twentieth of N K if they are 1 + N / (20 M) at most. For M = 8 that is 7 blocks
+//   M = 4        1.14          1.06           1.03      for N = 1024 and 26 for 4096, which would leave most multiprocessors idle, and
+//   M = 8        1.26          1.13           1.05      splitting K in s instead moves 8 s M N bytes of sums: as much. So there the bound
+//                                                       is missed on purpose.
 //
 // Macros: ROWS (1, 2, 4, 8).
 #include "w8a8.cuh"

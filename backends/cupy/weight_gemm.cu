@@ -210,7 +210,8 @@ QG_KERNEL __launch_bounds__(THREADS, BLOCKS) weight_gemm(
   QG_UNROLL for (int j = 0; j < 2; j++) {
     const int at = n0 + 16 * j;
     if (at >= n) continue;
-    const float2 scale = bits<float2>(load8(row + at)), shift = bias ? bits<float2>(load8(bias + at)) : float2{0, 0};
+    const float2 none = {0, 0}, scale = partial ? none : bits<float2>(load8(row + at));
+    const float2 shift = partial || !bias ? none : bits<float2>(load8(bias + at));
     QG_UNROLL for (int i = 0; i < TILE_M / 8; i++) QG_UNROLL for (int e = 0; e < 2; e++) {
       const int token = m0 + 8 * i + e;
       if (token >= m) continue;

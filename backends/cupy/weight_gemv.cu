@@ -4,9 +4,10 @@
 //   weight_reduce adds; ratio [groups, padded N] half, or float where x is float; row and bias [padded N] float. Sums are float, and so
 //   are the products: x is read as it is.
 //
-// Partition. Grid (outputs / 128, splits of K, rows / ROWS). A block has 8 warps and takes K in slabs of 1024 inputs; a warp has TILES
-// tiles of 16 outputs (1 for 8 bits, 2 for 2 and 4, 4 for 3; for 4 bits and several rows 1, which is what registers allow). Where fewer
-// than 8 warps cover the 128 outputs each takes its part of a slab, in one piece, so that few groups have two readers. 4 bits:
+// Partition. Grid (outputs / OUTPUTS, splits of K, rows / ROWS). A block has a warp for each 16 outputs and takes K in slabs of 1024
+// inputs; a warp has TILES tiles of 16 outputs (1 for 8 bits, 2 for 2 and 4, 4 for 3; for 4 bits and several rows 1, which is what
+// registers allow). Where fewer warps cover the outputs each takes its part of a slab, in one piece, so that few groups have two readers.
+// 4 bits:
 //
 //             K ->  64 inputs                     in a warp: lane 4g + t has outputs 2g, 2g + 1 of each tile,
 //   N   +----------------+------   +----------    and inputs 2t, 2t + 1, 2t + 8, 2t + 9 of each 16, for all rows of x.
@@ -15,7 +16,7 @@
 //       | ...            |         |
 //
 // Ladder: 1. a thread for each output, byte by byte: 1/32 of each sector is used.  2. A warp for each output, 4-byte loads, a reduction of
-// five shuffles: coalesced, but x is read again for each output.  3. The fragment-ordered layout: 16 bytes a lane, 512 a warp, 128 outputs
+// five shuffles: coalesced, but x is read again for each output.  3. The fragment-ordered layout: 16 bytes a lane, 512 a warp, OUTPUTS
 // for each read of x, and two shuffles at the end for all of K.  4. UNROLL loads in flight before the first is used, past the L1 cache.
 // 5. No conversion of integers: byte_perm puts a code under the exponent of 128 (0x43), which is the float 128 + code (bfloat16's magic
 // number 0x4300, widened); 128 + zero leaves the sum as a product with the sum of x, which is known for each 32 inputs:
@@ -25,22 +26,25 @@
 // and x is read from shared memory half as often.
 //
 // Traffic over the least possible, 1 x 1024 x 4096, x half, groups of 128 with zero points, every block's reads of x and the partial sums
-// counted: 8 bits 1.03, 4 bits 1.04, 3 bits 1.05, 2 bits 1.08. Both terms are the larger against the weight the shorter its codes; blocks
-// of more outputs for 2 bits would be too few for the multiprocessors, or more splits' sums would take what x gives.
+// counted: 8 bits 1.02, 4 bits 1.04, 3 bits 1.03, 2 bits 1.04. A block of h outputs and w inputs reads 2w bytes of x, and writes and reads
+// again 8h bytes of sums. B blocks so move 8 sqrt(B N K) bytes at least (2w = 8h), against N K BITS / 8: the shorter the codes, the fewer
+// the blocks: for 1.05 it may be 16 here with 2 bits, 32 with 3, 52 with 4. So codes that are short beside x have blocks of 256 outputs
+// and 16 warps, which do the work of two for one reading of x.
 //
-// Macros: BITS, ROWS (1, 2, 4, 8), REAL (type of x and y), SCALE (type of ratio).
+// Macros: BITS, ROWS (1, 2, 4, 8), OUTPUTS (of a block: 128, 256), REAL (type of x and y), SCALE (type of ratio).
 #include "weight_codes.cuh"
 using namespace codes;
 
-constexpr int WARPS = 8, THREADS = 32 * WARPS;
+constexpr int WARPS = OUTPUTS / 16, THREADS = 32 * WARPS;
 constexpr int TILES = BITS == 3 ? 4 : BITS == 2 || (BITS == 4 && ROWS == 1) ? 2 : 1;   // of a warp
 constexpr int VECTORS = BITS * TILES / 4;                                              // of a lane, in a square
-constexpr int OUTPUTS = 128, WARPS_N = OUTPUTS / (16 * TILES), WARPS_K = WARPS / WARPS_N;
+constexpr int WARPS_N = OUTPUTS / (16 * TILES), WARPS_K = WARPS / WARPS_N;
 constexpr int UNROLL = BITS == 4 || (BITS == 2 && ROWS == 1) ? 4 : 2;
 constexpr int SLAB = 1024, PITCH = 36;                           // inputs in shared memory; floats that 32 of them take
 constexpr int EACH = 16 / sizeof(REAL);                          // inputs in 16 bytes of x
 constexpr float MAGIC = BITS == 8 ? 0.f : 128.f;                 // of a decoded weight
-constexpr int BLOCKS = ROWS == 1 && TILES == 1 ? 3 : ROWS == 1 || TILES < 4 ? 2 : 1;   // on a multiprocessor: what the registers allow
+constexpr int NARROW_BLOCKS = ROWS == 1 && TILES == 1 ? 3 : ROWS == 1 || TILES < 4 ? 2 : 1;   // on a multiprocessor: what registers allow
+constexpr int BLOCKS = OUTPUTS > 128 ? 1 : NARROW_BLOCKS;
 static_assert(WARPS_K * OUTPUTS <= SLAB, "the sums of the warps take the place of x");
 
 struct Slab {

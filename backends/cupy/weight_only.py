@@ -21,29 +21,35 @@ from qgraph.backends.cupy.weight_packing import SQUARE, UNIT, PackedWeight
 from qgraph.errors import LoweringError
 
 OUTPUTS = 128
-"""Outputs of a block, in both kernels."""
+"""Outputs of a block."""
 BITS = (2, 3, 4, 8)
 TENSOR_CORES = 80
 """The oldest architecture with mma.m16n8k16 and cp.async."""
 SMS = {75: 40, 80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 """Multiprocessors of the largest common device of an architecture."""
 LARGEST_GRID = 65535
+HALVES = 4
+"""Squares of a split are a multiple of it: 128 inputs for either half of the warps that share them."""
 
 
 @dataclass(frozen=True)
 class Gemv:
-    """`rows` of x at a time."""
+    """`rows` of x at a time; `blocks`, of `outputs` each, on a multiprocessor at least."""
 
     rows: int
-    least: int = 16
-    """Squares of 64 inputs that a split has at least: its partial sums are then 2 % of its weights at 4 bits."""
+    outputs: int = OUTPUTS
+    blocks: int = 2
 
     @property
     def block(self) -> int:
-        return 256
+        return 2 * self.outputs
+
+    def least(self, bits: int) -> int:
+        """Squares of 64 inputs that a split has at least: its partial sums are then 1.6 % of its codes at 4 bits, 2.5 % at 2."""
+        return max(16, 40 // bits)
 
     def grid(self, m: int, n: int, splits: int) -> tuple[int, int, int]:
-        return -(-n // OUTPUTS), splits, -(-m // self.rows)
+        return -(-n // self.outputs), splits, -(-m // self.rows)
 
     def reads(self, dtype: torch.dtype) -> torch.dtype:
         """The type of x in the kernel for x of `dtype`."""
@@ -52,7 +58,14 @@ class Gemv:
     def kernel(self, dtype: torch.dtype, bits: int) -> Kernel:
         """`dtype`: of x and y."""
         return kernel(
-            "weight_gemv.cu", "weight_gemv", expects=("LDG.128", "PRMT"), BITS=bits, ROWS=self.rows, REAL=TYPES[dtype], SCALE=_scale(dtype)
+            "weight_gemv.cu",
+            "weight_gemv",
+            expects=("LDG.128", "PRMT"),
+            BITS=bits,
+            ROWS=self.rows,
+            OUTPUTS=self.outputs,
+            REAL=TYPES[dtype],
+            SCALE=_scale(dtype),
         )
 
 
@@ -63,14 +76,18 @@ class Gemm:
     rows: int
     stages: int
     blocks: int
-    least: int = 8
+    outputs: int = OUTPUTS
 
     @property
     def block(self) -> int:
         return 128
 
+    def least(self, bits: int) -> int:
+        """Squares of 64 inputs that a split has at least."""
+        return 8
+
     def grid(self, m: int, n: int, splits: int) -> tuple[int, int, int]:
-        return -(-m // self.rows), -(-n // OUTPUTS), splits
+        return -(-m // self.rows), -(-n // self.outputs), splits
 
     def reads(self, dtype: torch.dtype) -> torch.dtype:
         """The type of x in the kernel for x of `dtype`."""
@@ -97,8 +114,8 @@ class Gemm:
 
 Config = Gemv | Gemm
 
-CONFIGS = (Gemv(1), Gemv(8), Gemm(8, 4, 4), Gemm(32, 4, 3), Gemm(128, 3, 2))
-ONE, ROWS, SMALL, MEDIUM, LARGE = CONFIGS
+CONFIGS = (Gemv(1), Gemv(1, outputs=256, blocks=1), Gemv(8), Gemm(8, 4, 4), Gemm(32, 4, 3), Gemm(128, 3, 2))
+ONE, WIDE, ROWS, SMALL, MEDIUM, LARGE = CONFIGS
 
 
 def _scale(dtype: torch.dtype) -> str:
@@ -106,10 +123,19 @@ def _scale(dtype: torch.dtype) -> str:
 
 
 def _reduce(dtype: torch.dtype) -> Kernel:
-    return kernel("weight_reduce.cu", "weight_reduce", expects=("LDG", "STG"), OUT=TYPES[dtype])
+    return kernel("weight_reduce.cu", "weight_reduce", expects=("LDG.64",), OUT=TYPES[dtype])
 
 
-KERNELS = (*(c.kernel(t, b) for c in CONFIGS for t in TYPES for b in BITS if c != ROWS or t == torch.float32), *(_reduce(t) for t in TYPES))
+def _short(bits: int, dtype: torch.dtype) -> bool:
+    """Whether codes are so short beside x that blocks of the GEMV should be wide: x, read for each, is 3 % of 4 bits if it is half."""
+    return bits < 2 * dtype.itemsize
+
+
+def _used(config: Config, dtype: torch.dtype, bits: int) -> bool:
+    return _short(bits, dtype) if config == WIDE else config != ROWS or dtype == torch.float32
+
+
+KERNELS = (*(c.kernel(t, b) for c in CONFIGS for t in TYPES for b in BITS if _used(c, t, b)), *(_reduce(t) for t in TYPES))
 
 
 @dataclass(frozen=True)
@@ -120,32 +146,34 @@ class Plan:
     splits: int
 
 
-def choose(m: int, n: int, k: int, dtype: torch.dtype, arch: int) -> Plan:
+def choose(m: int, n: int, k: int, bits: int, dtype: torch.dtype, arch: int) -> Plan:
     """The kernel for x [m, k] of `dtype` and n outputs on sm_<arch>: what autotuning found, or the first candidate."""
-    found = candidates(m, n, k, dtype, arch)
-    return preferred("weight_only", (bucket(m), n, k, str(dtype)), found) or found[0]
+    found = candidates(m, n, k, bits, dtype, arch)
+    return preferred("weight_only", (bucket(m), n, k, bits, str(dtype)), found) or found[0]
 
 
-def candidates(m: int, n: int, k: int, dtype: torch.dtype, arch: int) -> tuple[Plan, ...]:
+def candidates(m: int, n: int, k: int, bits: int, dtype: torch.dtype, arch: int) -> tuple[Plan, ...]:
     """What may be fastest, the likeliest first; each with K split and whole.
 
     One row takes the GEMV, whose work for a weight grows with the rows; from two rows on tensor cores do that for nothing. float32 keeps
-    to the GEMV up to eight rows, for it reads x unrounded. K is split while one wave of blocks (two to a multiprocessor) has room."""
+    to the GEMV up to eight rows, for it reads x unrounded. K is split while one wave of blocks (two to a multiprocessor, or a wide one)
+    has room."""
+    one: tuple[Config, ...] = (WIDE, ONE) if n > OUTPUTS and _short(bits, dtype) else (ONE,)
     configs: tuple[Config, ...]
     if arch < TENSOR_CORES or (m == 1 and dtype == torch.float32):
-        configs = (ONE,)
+        configs = one
     elif dtype == torch.float32 and m <= ROWS.rows:
         configs = (ROWS,)
     elif m == 1:
-        configs = (ONE, SMALL)
+        configs = (*one, SMALL)
     else:
         configs = (SMALL, MEDIUM) if m <= SMALL.rows else (MEDIUM, LARGE) if m <= 2 * MEDIUM.rows else (LARGE, MEDIUM)
-    return tuple(dict.fromkeys(p for c in configs for p in (Plan(c, _splits(c, m, n, k, arch)), Plan(c, 1))))
+    return tuple(dict.fromkeys(p for c in configs for p in (Plan(c, _splits(c, m, n, k, bits, arch)), Plan(c, 1))))
 
 
-def _splits(config: Config, m: int, n: int, k: int, arch: int) -> int:
-    tiles = -(-m // config.rows) * -(-n // OUTPUTS)
-    return max(min(2 * SMS.get(arch, SMS[90]) // tiles, -(-k // SQUARE) // config.least), 1)
+def _splits(config: Config, m: int, n: int, k: int, bits: int, arch: int) -> int:
+    tiles = -(-m // config.rows) * -(-n // config.outputs)
+    return max(min(min(config.blocks, 2) * SMS.get(arch, SMS[90]) // tiles, -(-k // SQUARE) // config.least(bits)), 1)
 
 
 def work(m: int, n: int, k: int, bits: int, group: int, dtype: torch.dtype, *, zeros: bool = False, bias: bool = False) -> Work:
@@ -198,11 +226,13 @@ def _product(x: Tensor, weight: tuple[Tensor | None, ...], zero: int, n: int, gr
     y = x.new_empty((*x.shape[:-1], n))
     if y.numel() == 0:
         return y
-    plan = choose(m, n, k, x.dtype, _arch(x.device))
+    bits = codes.shape[2]
+    plan = choose(m, n, k, bits, x.dtype, _arch(x.device))
     x = x.to(plan.config.reads(x.dtype))
     x = whole(F.pad(x, (0, -k % 8)) if k % 8 else x)
     squares = -(-k // SQUARE)
     each = max(-(-squares // plan.splits), 1)
+    each += -each % HALVES  # no group of 128 has two readers
     splits = max(-(-squares // each), 1)
     partial = x.new_empty((splits, m, n), dtype=torch.float32) if splits > 1 else None
     grid = plan.config.grid(m, n, splits)
@@ -210,10 +240,10 @@ def _product(x: Tensor, weight: tuple[Tensor | None, ...], zero: int, n: int, gr
         raise LoweringError(
             f"the weight-only kernels take at most {LARGEST_GRID} blocks along an axis, and {m} rows by {n} outputs make {grid}"
         )
-    found = plan.config.kernel(y.dtype, codes.shape[2])
+    found = plan.config.kernel(y.dtype, bits)
     found(grid, plan.config.block, x, *weight, y, partial, m, n, x.shape[-1], group // UNIT, zero, each)
     if partial is not None:
-        _reduce(y.dtype)((m, -(-n // 256)), 256, partial, row, bias, y, m, n, splits)
+        _reduce(y.dtype)((-(-m // 8), -(-n // 256)), 128, partial, row, bias, y, m, n, splits)
     return y
 
 

@@ -30,7 +30,7 @@ def table(n, k, dtype, group, real, zero_points, seed=0):
 @given(data=st.data())
 def test_rows_are_gathered_and_dequantized(dtype, real, data):
     n, k = data.draw(st.integers(1, 20)), data.draw(st.sampled_from([1, 4, 30, 64, 100, 576, 2500]))
-    group = data.draw(st.sampled_from([0, 5, 32, 64]))
+    group = data.draw(st.sampled_from([0, 5, 8, 32, 64]))
     q, scale, zero = table(n, k, dtype, group, real, data.draw(st.booleans()), data.draw(st.integers(0, 99)))
     ids = torch.randint(0, n, data.draw(st.sampled_from([(), (0,), (7,), (2, 3)])))
     packed = pack_table(q, dtype)
@@ -78,7 +78,17 @@ def test_no_access_leaves_the_tensors_and_sectors_are_used_whole(dtype, k):
         (_, groups), (_, rows), *unpack = run.profiles
         assert groups.unique == work(3, k, dtype, HALF, group=32, zero_points=True).bytes
         assert rows.unique == work(3, k, dtype, HALF).bytes
-        assert all(p.sector_efficiency == 1 for p in (rows, *(p for _, p in unpack)))
+        assert all(p.sector_efficiency == 1 for p in (groups, rows, *(p for _, p in unpack)))
+
+
+@pytest.mark.parametrize(("dtype", "zero_points"), [("int4", False), ("uint4", True), ("int8", True)])
+def test_a_row_and_its_scales_are_read_once(dtype, zero_points):
+    """Each quarter of 4096 columns looks up its id, and shares a sector of scales, and of zero points, among its lanes."""
+    q, scale, zero = table(5, 4096, dtype, 64, HALF, zero_points)
+    with emulation(checked=True) as run:
+        K.embedding_dequantize(torch.tensor([3, 0, 4]), pack_table(q, dtype), scale, zero, dtype, 4096, 64)
+    ((_, profile),) = run.profiles
+    assert profile.traffic <= 1.02 * work(3, 4096, dtype, HALF, group=64, zero_points=zero_points).bytes
 
 
 def test_what_does_not_fit_is_an_error():

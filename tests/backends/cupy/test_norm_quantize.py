@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from qgraph import reference
+from qgraph.backends.cupy import norm_quantize
 from qgraph.backends.cupy.emulate import emulation
 from qgraph.backends.cupy.norm_quantize import work
 from qgraph.backends.cupy.ops import K
@@ -95,15 +96,25 @@ def test_a_row_of_equal_elements_and_one_with_a_nan():
     assert (q[2] == -128).all()
 
 
-def test_what_is_read_once_comes_from_memory_once():
-    """Beyond the weights, which each row asks of the cache. Rows of several warps, whose sums share an array without a race."""
-    x, residual, weight = (values(*shape, dtype=HALF, seed=i) for i, shape in enumerate([(8, 2048), (8, 2048), (2048,)]))
-    for rest, keep_y in ((None, False), (residual, True)):
-        with emulation(checked=True) as run:
-            K.norm_quantize(x, rest, weight, None, 1e-6, True, None, None, "int8", True, False, keep_y)
-        (_, profile), least = run.profiles[0], work(8, 2048, HALF, residual=rest is not None, keep_y=keep_y).bytes
-        assert (profile.unique, profile.sector_efficiency, profile.bank_conflicts) == (least, 1.0, 0)
-        assert profile.traffic - 7 * weight.nbytes <= 1.05 * least
+@pytest.mark.parametrize(("rows", "k"), [(48, 2048), (145, 1024)])
+@pytest.mark.parametrize(("residual", "keep_y"), [(False, False), (True, True)])
+def test_what_is_read_once_comes_from_memory_once(rows, k, residual, keep_y, monkeypatch):
+    """And the weight once for each block, on a device that gets three blocks of 256 threads. Rows of several warps, whose sums share an array
+    without a race, and of one."""
+    monkeypatch.setattr(norm_quantize, "device_of", lambda device: (80, 1))
+    x, rest, weight = (values(*shape, dtype=HALF, seed=i) for i, shape in enumerate([(rows, k), (rows, k), (k,)]))
+    with emulation(checked=True) as run:
+        K.norm_quantize(x, rest if residual else None, weight, None, 1e-6, True, None, None, "int8", True, False, keep_y)
+    (_, profile), least = run.profiles[0], work(rows, k, HALF, residual=residual, keep_y=keep_y).bytes
+    assert (profile.unique, profile.sector_efficiency, profile.bank_conflicts) == (least, 1.0, 0)
+    assert profile.traffic <= 1.05 * least
+
+
+@pytest.mark.parametrize("k", [64, 101, 1100])
+def test_blocks_do_several_rows_where_rows_are_many(k, monkeypatch):
+    monkeypatch.setattr(norm_quantize, "device_of", lambda device: (80, 1))
+    x, residual, weight, bias = (values(*shape, dtype=HALF, seed=i) for i, shape in enumerate([(53, k), (53, k), (k,), (k,)]))
+    agree(x, residual, weight, bias, True, "uint8", False, checked=True, schedule=7)
 
 
 def test_what_does_not_fit_is_an_error():

@@ -12,7 +12,7 @@ from tests.backends.cupy import cases
 CPU = torch.device("cpu")
 # The emulator counts as a device of 108 multiprocessors does in w8a8.choose, and as sm_90 in weight_only.choose.
 INTEGER = [(1, 512, 2048), (8, 256, 1024), (16, 128, 2048), (128, 256, 512)]
-WEIGHT_ONLY = [(1, 512, 4096), (64, 256, 512), (20, 128, 1024)]
+WEIGHT_ONLY = [(1, 512, 4096, 4), (1, 512, 4096, 2), (5, 256, 1024, 4), (64, 256, 512, 4), (64, 256, 1024, 4), (20, 128, 1024, 3)]
 
 
 @pytest.mark.parametrize(("m", "n", "k"), INTEGER)
@@ -24,14 +24,14 @@ def test_an_integer_product_moves_what_its_tiling_says(m, n, k):
     assert tiling.integer_linear(m, n, k, y.dtype, A100).bytes == pytest.approx(counted, rel=0.1)
 
 
-@pytest.mark.parametrize(("m", "n", "k"), WEIGHT_ONLY)
-def test_a_weight_only_product_moves_what_its_tiling_says(m, n, k):
-    case = cases.weight_only_linear(CPU, m, n, k)
+@pytest.mark.parametrize(("m", "n", "k", "bits"), WEIGHT_ONLY)
+def test_a_weight_only_product_moves_what_its_tiling_says(m, n, k, bits):
+    case = cases.weight_only_linear(CPU, m, n, k, bits=bits)
     with emulation(checked=True) as seen:
         y = case.op(case.x)
     counted = sum(p.traffic for _, p in seen.profiles)
-    found = tiling.weight_only_linear(m, n, k, 4, 128, y.dtype, A100, zeros=True)
-    assert found.bytes == pytest.approx(counted, rel=0.15)
+    found = tiling.weight_only_linear(m, n, k, bits, 128, y.dtype, A100, zeros=True)
+    assert found.bytes == pytest.approx(counted, rel=0.05)
 
 
 def test_a_last_wave_of_few_blocks_costs_as_much_as_a_full_one():

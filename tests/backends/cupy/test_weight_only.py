@@ -13,7 +13,7 @@ from qgraph.backends.cupy import weight_only
 from qgraph.backends.cupy.emulate import emulation
 from qgraph.backends.cupy.ops import K
 from qgraph.backends.cupy.profile import Profile
-from qgraph.backends.cupy.weight_only import BITS, KERNELS, LARGE, MEDIUM, ONE, ROWS, SMALL, Plan, candidates, choose, linear, work
+from qgraph.backends.cupy.weight_only import BITS, KERNELS, LARGE, MEDIUM, ONE, ROWS, SMALL, WIDE, Plan, candidates, choose, linear, work
 from qgraph.backends.cupy.weight_packing import PackedWeight, dequantize_packed, pack_bias, pack_weight, unpack_weight
 from qgraph.errors import LoweringError
 from qgraph.types import int_range, storage
@@ -76,6 +76,9 @@ def check(c: Case, x: Tensor, bias: Tensor | None = None, *, schedule: int = 0, 
         (1, 130, 2500, "uint4", 96, True, F16),
         (1, 72, 200, "int8", 0, False, BF16),
         (1, 130, 320, "uint2", 32, True, F16),
+        (1, 120, 2700, "int2", 96, False, F16),
+        (1, 520, 2700, "uint2", 96, True, BF16),
+        (1, 300, 328, "uint4", 64, True, F32),
         (5, 200, 328, "uint4", 64, True, F32),
         (3, 131, 200, "uint4", 64, True, F16),
         (7, 130, 1300, "int4", 128, False, BF16),
@@ -151,7 +154,7 @@ def test_no_rows(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("m", [1, 4])
 def test_a_split_of_k_gives_the_same_bits_in_every_schedule(m: int) -> None:
     c, x = case(64, 4096, "int4", 128), inputs(m, 4096, F16)
-    assert choose(m, 64, 4096, F16, 90).splits > 1
+    assert choose(m, 64, 4096, 4, F16, 90).splits > 1
     found = []
     for schedule in (0, 1, 7):
         with emulation(schedule=schedule):
@@ -170,7 +173,7 @@ def profiles(c: Case, x: Tensor) -> dict[str, Profile]:
 
 @pytest.mark.parametrize(
     ("dtype", "real", "most"),
-    [("uint4", F16, 1.045), ("uint4", F32, 1.07), ("uint8", BF16, 1.03), ("int3", F16, 1.06), ("int2", F16, 1.08)],
+    [("uint4", F16, 1.045), ("uint4", F32, 1.04), ("uint8", BF16, 1.03), ("int3", F16, 1.04), ("int2", F16, 1.05), ("uint2", F16, 1.05)],
 )
 def test_the_vector_kernel_moves_little_more_than_it_must(dtype: str, real: torch.dtype, most: float) -> None:
     zeros, bits = dtype.startswith("u"), int(dtype[-1])
@@ -184,7 +187,7 @@ def test_the_vector_kernel_moves_little_more_than_it_must(dtype: str, real: torc
 def test_the_tensor_core_kernel_has_no_bank_conflicts_and_whole_sectors(m: int, dtype: str) -> None:
     found = profiles(case(256, 512, dtype, 32, zeros=True), inputs(m, 512, F16))["weight_gemm"]
     assert found.bank_conflicts == 0 and found.sector_efficiency == 1
-    rows = choose(m, 256, 512, F16, 90).config.rows
+    rows = choose(m, 256, 512, int(dtype[-1]), F16, 90).config.rows
     assert found.mma_float == 256 // 16 * (512 // 16) * (rows // 8)
 
 
@@ -230,20 +233,29 @@ def test_four_bits_lie_where_the_drawing_says(n: int, k: int) -> None:
     + [(1, F32, 90, ONE), (2, F32, 90, ROWS), (8, F32, 90, ROWS), (9, F32, 90, MEDIUM), (30, F16, 75, ONE)],
 )
 def test_the_kernel_follows_the_rows(m: int, real: torch.dtype, arch: int, config: weight_only.Config) -> None:
-    assert choose(m, 4096, 4096, real, arch).config == config
+    assert choose(m, 4096, 4096, 8, real, arch).config == config
+
+
+@pytest.mark.parametrize(
+    ("bits", "real", "n", "config"),
+    [(2, F16, 4096, WIDE), (3, BF16, 4096, WIDE), (4, F16, 4096, ONE), (4, F32, 4096, WIDE), (8, F32, 4096, ONE), (2, F16, 128, ONE)],
+)
+def test_codes_that_are_short_beside_x_have_wide_blocks(bits: int, real: torch.dtype, n: int, config: weight_only.Config) -> None:
+    assert choose(1, n, 4096, bits, real, 90).config == config
 
 
 def test_k_is_split_only_where_blocks_are_few() -> None:
-    assert choose(1, 4096, 4096, F16, 90) == Plan(ONE, 4)
-    assert choose(1, 49152, 576, F16, 90) == Plan(ONE, 1)
-    assert choose(512, 4096, 4096, F16, 90) == Plan(LARGE, 2)
+    assert choose(1, 4096, 4096, 4, F16, 90) == Plan(ONE, 4)
+    assert choose(1, 4096, 4096, 2, F16, 90) == Plan(WIDE, 3)
+    assert choose(1, 49152, 576, 4, F16, 90) == Plan(ONE, 1)
+    assert choose(512, 4096, 4096, 4, F16, 90) == Plan(LARGE, 2)
 
 
 @pytest.mark.parametrize("real", [F16, BF16, F32])
 def test_every_kernel_that_may_be_chosen_is_compiled_by_the_check(real: torch.dtype) -> None:
     for m in (1, 2, 8, 16, 64, 300):
-        for plan in candidates(m, 256, 4096, real, 90):
-            assert {plan.config.kernel(real, b) for b in BITS} <= set(KERNELS)
+        found = {plan.config.kernel(real, b) for b in BITS for plan in candidates(m, 256, 4096, b, real, 90)}
+        assert found <= set(KERNELS)
 
 
 def test_the_op_has_a_schema_and_a_shape_function() -> None:
