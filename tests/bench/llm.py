@@ -4,7 +4,8 @@
 
 SmolLM2-135M (see tests/models/smollm2.py), 48 windows of 256 tokens to calibrate, 80 others to measure. Linears alone are quantized, in
 groups of symmetric integers; the table of embeddings, which is the last weight, too, stays in float. Each cell is quantized in a process of
-its own from the torch module; perplexity is that of the reference program. Rows of peers appear where they are installed."""
+its own from the torch module; perplexity is that of the reference program. Other tools take part where they are installed (llm_peers.py):
+their weights are read back and run in the float module."""
 
 from __future__ import annotations
 
@@ -12,12 +13,12 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -28,6 +29,7 @@ from qgraph.perplexity import perplexity
 from qgraph.recipe import from_dict, named
 from qgraph.types import attribute
 from qgraph.views import Dequantize, Lookup, view_any
+from tests.bench.llm_peers import PEERS, with_weights
 from tests.models import smollm2
 
 BITS = {f"W{bits}g{group}": f"w{bits}a16-g{group}-sym" for bits, group in ((4, 128), (4, 64), (4, 32), (3, 32), (2, 32))}
@@ -67,18 +69,40 @@ def with_float_weights(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
     return graph
 
 
-def worker(scheme: str, fields: str, windows: int) -> dict[str, float]:
+def worker(method: str, bits: str, windows: int) -> dict[str, float]:
     """One cell; runs in a child. The perplexity, seconds to quantize with the capture of the model, and peak resident memory in MB."""
-    recipe = from_dict({"embeddings": None, **yaml.safe_load(fields)}, base=named(scheme))
-    module = smollm2.LogitsOnly(smollm2.causal_lm())
+    scheme = named(BITS[bits])
+    lm, evaluation = smollm2.causal_lm(), smollm2.windows()[1][:windows]
+    quantize = peer(method) if method in PEERS else ours(method)
     start = perf_counter()
-    graph = quantized(module, recipe)
+    result = quantize(lm, scheme)
     seconds, peak = perf_counter() - start, _peak()
-    return {
-        "perplexity": perplexity(with_float_weights(graph), smollm2.windows()[1][:windows]).value,
-        "seconds": seconds,
-        "memory_mb": peak / 1e6,
-    }
+    return {"perplexity": perplexity(result(), evaluation).value, "seconds": seconds, "memory_mb": peak / 1e6}
+
+
+Quantize = Callable[[Any, qgraph.Recipe], Callable[[], torch.nn.Module]]
+"""(the transformers model, the scheme) -> what makes of the result the module to evaluate, which is no part of the cost."""
+
+
+def ours(method: str) -> Quantize:
+    def quantize(lm: Any, scheme: qgraph.Recipe) -> Callable[[], torch.nn.Module]:
+        graph = quantized(smollm2.LogitsOnly(lm), from_dict({"embeddings": None, **METHODS[method]}, base=scheme))
+        return lambda: with_float_weights(graph)
+
+    return quantize
+
+
+def peer(method: str) -> Quantize:
+    tool = PEERS[method].load()
+
+    def quantize(lm: Any, scheme: qgraph.Recipe) -> Callable[[], torch.nn.Module]:
+        form = scheme.weights
+        assert form is not None and form.group is not None
+        bits, group = form.bits, form.group
+        weights = tool(lm, bits, group)
+        return lambda: with_weights(weights(), bits, group)
+
+    return quantize
 
 
 def _peak() -> int:
@@ -106,7 +130,7 @@ def show(cells: dict[str, dict[str, dict[str, float]]], reference: float, markdo
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--bits", nargs="+", choices=BITS, default=list(BITS))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *PEERS], default=[*METHODS, *PEERS])
     parser.add_argument("--windows", type=int, default=smollm2.EVALUATION)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--markdown", action="store_true")
@@ -118,17 +142,11 @@ def main() -> None:
     reference = perplexity(smollm2.LogitsOnly(smollm2.causal_lm()), smollm2.windows()[1][: args.windows]).value
     cells: dict[str, dict[str, dict[str, float]]] = {}
     for method in args.methods:
+        if method in PEERS and not PEERS[method].installed:
+            print(f"{method} is left out: {PEERS[method].package} is not installed", file=sys.stderr)
+            continue
         for bits in args.bits:
-            child = [
-                sys.executable,
-                "-m",
-                "tests.bench.llm",
-                "--windows",
-                str(args.windows),
-                "--worker",
-                BITS[bits],
-                json.dumps(METHODS[method]),
-            ]
+            child = [sys.executable, "-m", "tests.bench.llm", "--windows", str(args.windows), "--worker", method, bits]
             result = subprocess.run(child, check=False, capture_output=True, text=True)
             if result.returncode:
                 print(f"{method}, {bits} failed: {result.stderr.strip().splitlines()[-1]}", file=sys.stderr)
