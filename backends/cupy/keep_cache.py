@@ -12,22 +12,23 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
 
 from qgraph.attention import Rows, attentions, known_shape, rows_of
 from qgraph.backends.cupy import cached_attention  # noqa: F401  (registers the op)
 from qgraph.backends.cupy.causal import check_causal
-from qgraph.backends.cupy.kv_cache import Bits, choose
+from qgraph.backends.cupy.kv_cache import Bits, choose, row_bytes
 from qgraph.backends.cupy.ops import K
 from qgraph.edit import erase, replace
 from qgraph.errors import LoweringError
 from qgraph.feeds import inputs_of
 from qgraph.ledger import state
 from qgraph.pipeline import LOSSY, Context, Contract, Pass
+from qgraph.rewriter import Rewriter
 from qgraph.text import where
 from qgraph.tokens import Roles, roles
-from qgraph.types import type_of
+from qgraph.types import TensorType, type_of
 from qgraph.views import Attention, Dequantize, DynamicQuantize, Size, view
 
 CACHE = "kv_cache"
@@ -75,17 +76,16 @@ class KeepCache(Pass):
             return 0
         if self.capacity < LEAST:
             raise LoweringError(f"a cache has room for {LEAST} tokens or more, not {self.capacity}")
-        found = [(node, a, *_rows(node, a, None if c is None else c.k_perm)) for node, a, c in attentions(gm.graph)]
-        cached = [(node, a, k, v) for node, a, k, v in found if k.past is not None or v.past is not None]
+        cached = _cached(gm)
         if not cached:
             raise LoweringError("no attention of this graph reads a cache: export the model through qgraph.decoder.Decoder")
         known, names = roles(inputs_of(gm)), tuple(i.name for i in inputs_of(gm))
         for mask, node in {a.mask: node for node, a, _, _ in cached}.items():
             check_causal(gm, mask, node, known, self.capacity)
         layers = tuple(_layer(node, k, v) for node, _, k, v in cached)
-        inputs = _Inputs.add(gm, len(layers))
+        inputs = _Inputs.add(gm, layers, known, self.capacity)
         for i, (node, a, k, v) in enumerate(cached):
-            _attend(gm.graph, node, a, k, v, layers[i], inputs, i)
+            _attend(gm, node, a, k, v, layers[i], inputs, i)
         presents = {r.present for _, _, k, v in cached for r in (k, v)}
         _drop(gm, cast(set[Node], presents))
         for past in {r.past for _, _, k, v in cached for r in (k, v)}:
@@ -95,6 +95,17 @@ class KeepCache(Pass):
         gm.recompile()
         gm.meta[CACHE] = KeptCache(layers, known, names, self.capacity)
         return len(cached)
+
+
+def has_cache(gm: GraphModule) -> bool:
+    """Whether an attention reads a cache whose new rows are in integers."""
+    return any(_source(k.new) is not None for _, _, k, _ in _cached(gm))
+
+
+def _cached(gm: GraphModule) -> list[tuple[Node, Attention, Rows, Rows]]:
+    """Attentions that read a cache, with their keys and values."""
+    found = [(node, a, *_rows(node, a, None if chain is None else chain.k_perm)) for node, a, chain in attentions(gm.graph)]
+    return [(node, a, k, v) for node, a, k, v in found if k.past is not None or v.past is not None]
 
 
 def _rows(node: Node, found: Attention, perm: tuple[int, ...] | None) -> tuple[Rows, Rows]:
@@ -141,31 +152,33 @@ class _Inputs:
     layers: tuple[tuple[Node, Node], ...]
 
     @classmethod
-    def add(cls, gm: GraphModule, layers: int) -> _Inputs:
+    def add(cls, gm: GraphModule, layers: tuple[Layer, ...], known: Roles, capacity: int) -> _Inputs:
+        batch = known.cache[0].type.shape[0] if known.cache[0].type is not None and known.cache[0].type.shape else None
+        per_row = TensorType("int32", (batch,))
+        types = {"cache_lengths": per_row, "cache_starts": per_row}
+        for i, layer in enumerate(layers):
+            shape = (2, batch, layer.kv_heads, capacity)
+            types[f"cache_{i}_codes"] = TensorType("uint8", (*shape, row_bytes(layer.head_dim, layer.bits)))
+            types[f"cache_{i}_params"] = TensorType(str(layer.dtype).removeprefix("torch."), (*shape, 2))
         last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1]
-        names = ["cache_lengths", "cache_starts", *(f"cache_{i}_{part}" for i in range(layers) for part in ("codes", "params"))]
         made = []
-        for name in names:
+        for name, kind in types.items():
             with gm.graph.inserting_after(last):
                 last = gm.graph.placeholder(name)
+            last.meta["type"] = kind
             made.append(last)
-        state(gm).input_names += tuple(names)
+        state(gm).input_names += tuple(types)
         lengths, starts, *rest = made
         return cls(lengths, starts, tuple(zip(rest[0::2], rest[1::2], strict=True)))
 
 
-def _attend(graph: Graph, node: Node, found: Attention, keys: Rows, values: Rows, layer: Layer, inputs: _Inputs, i: int) -> None:
+def _attend(gm: GraphModule, node: Node, found: Attention, keys: Rows, values: Rows, layer: Layer, inputs: _Inputs, i: int) -> None:
     new = [cast(DynamicQuantize, _source(r.new)).x for r in (keys, values)]
     scale = layer.head_dim**-0.5 if found.scale is None else found.scale
-    with graph.inserting_before(node):
-        past = graph.call_function(torch.ops.aten.sym_size.int, (keys.past, 2))
-        made = graph.call_function(
-            K.cached_attention.default,
-            (found.q, *new, *inputs.layers[i], inputs.lengths, inputs.starts, past, float(scale), layer.bits, layer.symmetric),
-        )
-    made.meta.update({k: node.meta[k] for k in ("val", "type", "nn_module_stack", "stack_trace", "name") if k in node.meta})
-    made.meta["from"] = KeepCache.name
-    replace(node, made)
+    rw = Rewriter(gm, node, by=KeepCache.name)
+    past = rw.call(torch.ops.aten.sym_size.int, keys.past, 2)
+    of_cache = (*inputs.layers[i], inputs.lengths, inputs.starts, past, float(scale), layer.bits, layer.symmetric)
+    replace(node, rw.call(K.cached_attention.default, found.q, *new, *of_cache, like=node))
 
 
 def _drop(gm: GraphModule, presents: set[Node]) -> None:

@@ -14,7 +14,8 @@ from torch.fx import GraphModule, Node, map_arg
 
 from qgraph.api import convert, prepare
 from qgraph.backend import Kernel
-from qgraph.backends.cupy import Cupy, act_quantize, embedding, norm_quantize, quantizing, tiling, w8a8, w8a8_conv, weight_only
+from qgraph.backends.cupy import Cupy, act_quantize, embedding, kv_cache, norm_quantize, quantizing, tiling, w8a8, w8a8_conv, weight_only
+from qgraph.backends.cupy.keep_cache import has_cache
 from qgraph.backends.cupy.ops import K
 from qgraph.backends.cupy.program import NAMESPACE
 from qgraph.backends.cupy.roofline import A100, H100, RTX4090, Device, Work
@@ -28,6 +29,8 @@ from qgraph.types import type_of
 from qgraph.views import operands
 
 DEVICES = (A100, H100, RTX4090)
+CAPACITY = 4096
+"""Tokens of a cache that is inspected; what is read of it is the size of the past."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class Sizes:
         if kind is not None and kind.shape is not None and isinstance(dtype, torch.dtype):
             shape = [d if isinstance(d, int) else self._symbol("?" if d is None else d) for d in kind.shape]
             return torch.empty(shape, dtype=dtype, device="meta")
+        if node.target is torch.ops.aten.sym_size.int:
+            return self.of(node.args[0]).shape[node.args[1]]  # type: ignore[arg-type]
         if node.target is operator.getitem or getattr(node.target, "namespace", None) == NAMESPACE:
             args, kwargs = map_arg((node.args, node.kwargs), self.of)
             return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -104,6 +109,13 @@ def _embedding(got: Operands, y: Tensor) -> Work:
     return embedding.work(got["ids"].numel(), got["k"], got["dtype"], y.dtype, group=got["group"], zero_points=zeros)
 
 
+def _cached_attention(got: Operands, y: Tensor) -> Work:
+    """With what is appended; of a prompt, too, for which torch's attention reads the cache once."""
+    (batch, heads, new, head_dim), (_, kv_heads, _, _) = y.shape, got["k"].shape
+    attended = kv_cache.work((batch, new, heads, head_dim), kv_heads, got["past"] + new, got["bits"], y.dtype)
+    return attended + kv_cache.append_work((batch, new, kv_heads, head_dim), got["bits"], y.dtype)
+
+
 def _dequantize(got: Operands, y: Tensor) -> Work:
     parameters = got["scale"].nbytes + (0 if got["zero_point"] is None else got["zero_point"].nbytes)
     return Work(got["q"].nbytes + y.nbytes + parameters, fp32_ops=2 * y.numel())
@@ -120,6 +132,7 @@ WORK: dict[Any, Callable[[Operands, Any], Work]] = {
     K.act_quantize.default: _act,
     K.embedding_dequantize.default: _embedding,
     K.dequantize.default: _dequantize,
+    K.cached_attention.default: _cached_attention,
 }
 """What a call of each op has to do, from its operands and its result."""
 
@@ -221,7 +234,7 @@ def inspect(path: str, *, recipe: str | None = None, dims: Mapping[str, int] | N
     gm = from_onnx(path)
     if recipe is not None:
         gm = _quantized(gm, recipe)
-    program = Cupy(device="cpu").lower(gm)
+    program = Cupy(device="cpu", capacity=CAPACITY if has_cache(gm) else None).lower(gm)
     found = layers(program.gm, sizes := Sizes(dims or {}))
     if not found:
         reason = next((f" ({k.node}: {k.reason})" for k in program.kernels()), ": it has no quantize and dequantize around weights")

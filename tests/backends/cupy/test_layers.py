@@ -9,12 +9,15 @@ import torch
 from click.testing import CliRunner
 
 import qgraph
-from qgraph.backends.cupy import Cupy, layers
+from qgraph.backends.cupy import Cupy, kv_cache, layers
 from qgraph.backends.cupy.layers import WORK, Sizes, inspect
 from qgraph.backends.cupy.roofline import A100, Work
 from qgraph.backends.cupy.toolchain import HERE
 from qgraph.cli import main
+from qgraph.edit import copy_graph
 from qgraph.errors import LoweringError, RecipeError
+from qgraph.types import type_of
+from tests.backends.cupy.decoders import small
 from tests.small import mlp_proto, samples
 
 
@@ -58,10 +61,25 @@ def test_a_product_of_symbols_is_a_size():
 
 
 def test_every_op_that_lowering_makes_is_counted():
-    sources = "".join((HERE / name).read_text() for name in ("claim.py", "fuse.py"))
+    sources = "".join((HERE / name).read_text() for name in ("claim.py", "fuse.py", "keep_cache.py"))
     made = set(re.findall(r"\bK\.(\w+)\.default", sources))
     assert {"w8a8_linear", "norm_quantize"} <= made
     assert made == {str(op).split(".")[1] for op in WORK}
+
+
+def test_attention_over_a_cache_counts_its_tokens_and_what_is_appended():
+    _, gm = small()
+    program = Cupy(device="cpu", capacity=64).lower(copy_graph(gm))
+    one, many = (by_op(layers.layers(program.gm, sizes)) for sizes in (Sizes(), past_of(gm, 50)))
+    head = kv_cache.append_work((1, 1, 2, 32), 8, torch.float32)
+    for found, tokens in ((one, 2), (many, 51)):
+        assert found["cached_attention"].work == kv_cache.work((1, 1, 4, 32), 2, tokens, 8, torch.float32) + head
+
+
+def past_of(gm, tokens):
+    """Sizes in which the cache holds so many."""
+    past = next(type_of(n).shape[2] for n in gm.graph.nodes if n.op == "placeholder" and "key" in n.name)
+    return Sizes({past: tokens})
 
 
 def test_a_convolution_counts_its_windows():
