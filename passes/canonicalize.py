@@ -1,4 +1,5 @@
-"""One spelling for each thing: no-ops go, constants are stored tensors, padding sits in the convolution, chains are one op.
+"""One spelling for each thing: no-ops go, constants are stored tensors, padding sits in the convolution, chains are one op, heads of keys and
+values that several heads of q share are repeated.
 
 Constant() -> stored tensor            copy(x), dropout(x), cast(x) to its type, reshape(x) to its shape -> x
 x + 0, x - 0, x * 1, x / 1, x ^ 1 -> x  transpose(transpose(x)) -> transpose(x) or x
@@ -14,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
+from qgraph.attention import known_shape
 from qgraph.edit import has_writes
 from qgraph.onnx_data_views import is_inference_dropout
 from qgraph.onnx_ops import OnnxOp
@@ -24,7 +26,7 @@ from qgraph.pattern import Const, Match, OneOf, Op, Var, item
 from qgraph.pipeline import EQUIVALENT, Context, Contract, Pass
 from qgraph.rewrite import Rewriter, graph_modules, rule
 from qgraph.types import type_of
-from qgraph.views import Cast, DataMovement, Elementwise, Pad, const_value
+from qgraph.views import Cast, DataMovement, Elementwise, Pad, const_value, operands
 
 aten = torch.ops.aten
 
@@ -149,6 +151,26 @@ def drop_empty(m: Match, rw: Rewriter) -> Node | None:
     return kept[0] if was is not None and now is not None and was.dtype == now.dtype else None
 
 
+@rule(Op(aten.scaled_dot_product_attention.default, key=Var("k"), value=Var("v"), enable_gqa=True))
+def spread_heads(m: Match, rw: Rewriter) -> Node:
+    """Keys and values that several heads of q share are repeated for each, as most models write it themselves."""
+    got, shapes = operands(m.root), [known_shape(n) for n in (m.root.args[0], m.k, m.v)]
+    heads = [s[1] if s is not None and len(s) == 4 else None for s in shapes]
+    if not all(isinstance(n, int) for n in heads):
+        rw.decline("its numbers of heads are not known")
+    k, v = (_repeated(rw, n, heads[0] // h) for n, h in zip((m.k, m.v), heads[1:], strict=True))  # type: ignore[operator]
+    rest = (got["attn_mask"], got["dropout_p"], got["is_causal"])
+    return rw.call(m.root.target, got["query"], k, v, *rest, scale=got["scale"], like=m.root)
+
+
+def _repeated(rw: Rewriter, x: Node, times: int) -> Node:
+    """[B, H, L, D] -> [B, H * times, L, D]"""
+    if times == 1:
+        return x
+    wide = rw.call(aten.expand.default, rw.call(aten.unsqueeze.default, x, 2), [-1, -1, times, -1, -1])
+    return rw.call(aten.flatten.using_ints, wide, 1, 2)
+
+
 @rule(Op(DataMovement, kind="transpose", perm=Var("outer"), x=Op(DataMovement, kind="transpose", perm=Var("inner"), x=Var("x"))))
 def join_transposes(m: Match, rw: Rewriter) -> Node | None:
     if m.outer is None or m.inner is None:
@@ -180,6 +202,17 @@ def join_views(m: Match, rw: Rewriter) -> Node:
 
 COPIES = (drop_copy, loosen_view, drop_dropout, drop_dropout_with_mask, drop_cast)
 RULES = (
-    *(store_constant, drop_movement, drop_pad, drop_neutral, drop_empty, plain_transpose, join_transposes, join_reshapes, join_views),
+    *(
+        store_constant,
+        drop_movement,
+        drop_pad,
+        drop_neutral,
+        drop_empty,
+        plain_transpose,
+        spread_heads,
+        join_transposes,
+        join_reshapes,
+        join_views,
+    ),
     *FOLD_PAD,
 )

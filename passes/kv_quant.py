@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from qgraph.attention import Found, Rows, attentions, rows_of
 from qgraph.edit import graph_modules
 from qgraph.errors import RecipeError
-from qgraph.ledger import Entry, Ledger, state
+from qgraph.ledger import FLOAT, Entry, Ledger, state
 from qgraph.ops import Q
 from qgraph.pipeline import LOSSY, Context, Contract, Pass
 from qgraph.rewriter import Decline, Rewriter
@@ -60,7 +60,10 @@ class KvQuant(Pass):
     def _quantize(self, part: GraphModule, ledger: Ledger, ctx: Context, node: Node, found: Attention, chain: Found | None) -> int:
         perm = None if chain is None else chain.k_perm
         if perm is not None and perm[-1] != len(perm) - 1:
-            ctx.declines.append(Decline(self.name, node.name, path_of(node), f"its keys have the channels of a head on axis {perm[-1]}"))
+            reason = f"its keys have the channels of a head on axis {perm[-1]}"
+            ctx.declines.append(Decline(self.name, node.name, path_of(node), reason))
+            for role in ("k", "v"):
+                ledger.record(Entry(path_of(node), "Attention", role, FLOAT, self.name, reason))
             return 0
         readers = (node,) if chain is None else chain.nodes
         rows = {role: rows_of(kv, next(u for u in kv.users if u in readers)) for role, kv in (("k", found.k), ("v", found.v))}

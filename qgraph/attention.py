@@ -146,7 +146,7 @@ def rows_of(operand: Node, reader: Node) -> Rows:
 def ungrouped(node: Node) -> tuple[Node, int, Node | None]:
     """(y, n, its reader) of y [B, H, L, D] -> [B, H, 1, L, D] -> [B, H, n, L, D] -> [B, H * n, L, D]; (node, 1, None) for anything else."""
     chain, value = [], node
-    for kinds in (("reshape",), ("expand",), ("unsqueeze", "reshape")):
+    for kinds in (("reshape", "flatten"), ("expand",), ("unsqueeze", "reshape")):
         moved = view(DataMovement, value)
         if moved is None or moved.kind not in kinds or len(value.users) != 1:
             return node, 1, None

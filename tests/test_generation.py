@@ -141,6 +141,32 @@ def test_a_decoder_with_tuples_gives_the_same_logits_in_one_go_and_step_by_step(
     assert past[0]["key"].shape == (2, 4, 6, 8)
 
 
+class Grouped(Toy):
+    """Two heads of keys and values for four of q, in torch's own attention."""
+
+    def forward(self, input_ids, attention_mask, past_key_values=(), use_cache=True):
+        x = self.embed(input_ids)
+        q, k, v = (t.unflatten(-1, (-1, 8)).transpose(1, 2) for t in self.qkv(x)[..., :64].split([32, 16, 16], -1))
+        before = 0
+        if past_key_values:
+            before = past_key_values[0][0].shape[2]
+            k, v = torch.cat([past_key_values[0][0], k], 2), torch.cat([past_key_values[0][1], v], 2)
+        mask = torch.arange(k.shape[2]) <= torch.arange(q.shape[2])[:, None] + before
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+        return SimpleNamespace(logits=self.head(x + y.transpose(1, 2).flatten(2)), past_key_values=((k, v),) if use_cache else None)
+
+
+def test_torchs_own_grouped_attention_is_one_attention_with_its_cache(tmp_path):
+    torch.manual_seed(0)
+    decoder = Decoder(Grouped().eval())
+    example, shapes = decoder.example_inputs(), decoder.dynamic_shapes()
+    gm = qgraph.quantize(decoder, example_inputs=example, dynamic_shapes=shapes, recipe="w8a16", output=tmp_path / "m.onnx")
+    ops = [n.op_type for n in onnx.load(tmp_path / "m.onnx").graph.node]
+    assert ops.count("Attention") == 1 and not {"Expand", "Concat", "Softmax"} & set(ops)
+    found = [int(t[0]) for t in Generator(tmp_path / "m.onnx", threads=1)([[1, 2, 3]], tokens=6)]
+    assert found == greedy(gm, decoder, [1, 2, 3], 6)
+
+
 def greedy(gm: torch.fx.GraphModule, decoder: Decoder, text: list[int], tokens: int) -> list[int]:
     """Each token from the whole text before it, without a cache."""
     for _ in range(tokens):

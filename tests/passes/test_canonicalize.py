@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import nn
 
+import qgraph
 from qgraph.onnx_io import from_onnx as load
 from qgraph.onnx_io import to_proto
 from qgraph.passes import Canonicalize, RemoveDead
-from qgraph.pipeline import Pipeline
+from qgraph.pipeline import Context, Pipeline
 from qgraph.testing import check, from_torch
 from qgraph.text import text
+from qgraph.views import Attention, view
 from tests.passes.graphs import Fn, from_text, ops
 
 X = torch.linspace(-4, 4, 24).reshape(2, 3, 4)
@@ -124,9 +126,38 @@ def test_dropout_with_a_mask_that_nothing_reads_goes():
     check(Pipeline(Canonicalize(), RemoveDead()), start, (X,), "%0: f32[2,3,4] = onnx.Neg(%x)\nreturn %0")
 
 
-@pytest.mark.parametrize("view", [torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default])
-def test_a_view_of_a_dropped_copy_becomes_a_reshape(view):
-    start = from_torch(Fn(lambda x: view(x.permute(0, 2, 1).contiguous(), [2, 12])), X)
+class Grouped(nn.Module):
+    def forward(self, q, k, v):
+        return nn.functional.scaled_dot_product_attention(q, k, v, scale=0.3, enable_gqa=True)
+
+
+def test_keys_and_values_that_heads_share_are_repeated_for_each():
+    q, k, v = torch.randn(2, 6, 5, 4), torch.randn(2, 2, 7, 4), torch.randn(2, 3, 7, 4)
+    gm = check(Canonicalize(), from_torch(Grouped(), q, k, v), (q, k, v), """
+        %0: f32[2,2,1,7,4] = aten.unsqueeze(%k, 2)
+        %1: f32[2,2,3,7,4] = aten.expand(%0, [-1, -1, 3, -1, -1])
+        %2: f32[2,6,7,4] = aten.flatten.using_ints(%1, 1, 2)
+        %3: f32[2,3,1,7,4] = aten.unsqueeze(%v, 2)
+        %4: f32[2,3,2,7,4] = aten.expand(%3, [-1, -1, 2, -1, -1])
+        %5: f32[2,6,7,4] = aten.flatten.using_ints(%4, 1, 2)
+        %6: f32[2,6,5,4] = aten.scaled_dot_product_attention(%q, %2, %5, None, 0.0, False, scale=0.3)
+        return %6
+    """)  # fmt: skip
+    assert [view(Attention, n) is not None for n in gm.graph.nodes if "attention" in n.name] == [True]
+
+
+def test_heads_whose_number_is_not_known_stay_shared_with_a_reason():
+    q, k, v = torch.randn(2, 6, 5, 4), torch.randn(2, 1, 7, 4), torch.randn(2, 1, 7, 4)
+    heads = torch.export.Dim("heads", min=2, max=64)
+    gm = qgraph.capture(Grouped(), (q, k, v), dynamic_shapes=({1: heads}, None, None))
+    ctx = Context()
+    Canonicalize().run(gm, ctx)
+    assert [d.reason for d in ctx.declines] == ["its numbers of heads are not known"] and "enable_gqa" in gm.code
+
+
+@pytest.mark.parametrize("spelling", [torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default])
+def test_a_view_of_a_dropped_copy_becomes_a_reshape(spelling):
+    start = from_torch(Fn(lambda x: spelling(x.permute(0, 2, 1).contiguous(), [2, 12])), X)
     check(Canonicalize(), start, (X,), """
         %0: f32[2,4,3] = aten.permute(%x, [0, 2, 1])
         %1: f32[2,12] = aten.reshape(%0, [2, 12])

@@ -91,6 +91,7 @@ def test_keys_that_are_stored_transposed_stay_with_a_reason():
     ctx = Context()
     assert KvQuant().run(gm, ctx) == 0
     assert [d.reason for d in ctx.declines] == ["its keys have the channels of a head on axis 1"]
+    assert [(e.role, e.decision, e.reason) for e in gm.meta["qgraph"].ledger] == [(r, "float", ctx.declines[0].reason) for r in ("k", "v")]
 
 
 def test_a_recipe_names_the_cache_and_backends_that_cannot_store_it_refuse():
