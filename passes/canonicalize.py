@@ -154,13 +154,18 @@ def drop_empty(m: Match, rw: Rewriter) -> Node | None:
 @rule(Op(aten.scaled_dot_product_attention.default, key=Var("k"), value=Var("v"), enable_gqa=True))
 def spread_heads(m: Match, rw: Rewriter) -> Node:
     """Keys and values that several heads of q share are repeated for each, as most models write it themselves."""
-    got, shapes = operands(m.root), [known_shape(n) for n in (m.root.args[0], m.k, m.v)]
-    heads = [s[1] if s is not None and len(s) == 4 else None for s in shapes]
-    if not all(isinstance(n, int) for n in heads):
+    got = operands(m.root)
+    of_q, of_k, of_v = (_heads(got[name]) for name in ("query", "key", "value"))
+    if of_q is None or of_k is None or of_v is None:
         rw.decline("its numbers of heads are not known")
-    k, v = (_repeated(rw, n, heads[0] // h) for n, h in zip((m.k, m.v), heads[1:], strict=True))  # type: ignore[operator]
+    k, v = _repeated(rw, m.k, of_q // of_k), _repeated(rw, m.v, of_q // of_v)
     rest = (got["attn_mask"], got["dropout_p"], got["is_causal"])
     return rw.call(m.root.target, got["query"], k, v, *rest, scale=got["scale"], like=m.root)
+
+
+def _heads(x: Node) -> int | None:
+    shape = known_shape(x)
+    return shape[1] if shape is not None and len(shape) == 4 and isinstance(shape[1], int) else None
 
 
 def _repeated(rw: Rewriter, x: Node, times: int) -> Node:
