@@ -81,7 +81,7 @@ def test_overrides_reach_nested_fields_and_rules_with_dots() -> None:
         ("w8a8+nothing", [], r"unknown stage \+nothing"),
         ("w99a8", [], "must be int2..int16"),
         ("w16a16", [], "quantizes nothing"),
-        ("w8a8kv8", [], "key/value cache"),
+        ("w8a8kv8", ["kv_cache.group=32"], "kv_cache takes bits and symmetric alone"),
         ("missing.yaml", [], "missing.yaml: No such file"),
         ("w8a8", ["observr=minmax"], "no field 'observr'; did you mean 'observer'"),
         (
