@@ -14,6 +14,7 @@ from qgraph.errors import ModelError
 from qgraph.onnx_external import byte_range, copy_sparse, memory_map
 from qgraph.onnx_proto import serialize
 from qgraph.onnx_write import to_onnx
+from qgraph.spill import release
 
 INLINE_LIMIT = 1_800_000_000
 """Bytes of constants above which they go to an external file by themselves: protobuf ends at 2 GiB."""
@@ -118,6 +119,7 @@ def _write_data(slots: list[_Slot], path: Path, *, location: str) -> bool:
                 continue
             offset = -(-end // _PAGE) * _PAGE
             _write_tensor(tensor, file, offset)
+            release()  # its pages
             end = offset + tensor.nbytes
             slot.put(
                 ir.ExternalTensor(

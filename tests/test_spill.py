@@ -8,13 +8,17 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
 from qgraph import observe, parts, reference, spill
+from qgraph.edit import add_constant
 from qgraph.errors import ModelError
+from qgraph.onnx_io import from_onnx
+from qgraph.onnx_save import save_onnx
 from qgraph.qparams import scale_shape
-from qgraph.types import PerAxis, PerGroup, PerTensor, QSpec
+from qgraph.types import PerAxis, PerGroup, PerTensor, QSpec, attribute
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int64, torch.bool, torch.float8_e4m3fn]
 
@@ -132,3 +136,24 @@ def test_ranges_in_parts_are_the_same(granularity, kind, monkeypatch):
     whole = observe.range_of(x, spec, kind)
     monkeypatch.setattr(parts, "PART", 100)
     assert all(torch.equal(a, b) for a, b in zip(whole, observe.range_of(x, spec, kind), strict=True))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads resident memory from /proc")
+def test_constants_are_let_go_one_by_one_while_a_model_is_written(tmp_path, monkeypatch):
+    """16 weights of 4 MB."""
+    products = " ".join(f"{f'h{i + 1}' if i < 15 else 'y'} = MatMul (h{i}, w{i})" for i in range(16))
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 9, opset_import: ["": 20]> g (float[1,1024] h0) => (float[1,1024] y) {{ {products} }}"""
+    )
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(np.full((1024, 1024), i, np.float32), f"w{i}") for i in range(16))
+    gm = from_onnx(model)
+    for node in [n for n in gm.graph.nodes if n.op == "get_attr"]:
+        node.target = add_constant(gm, "stored", spill.Store().put(attribute(node)))
+    gm.recompile()
+    monkeypatch.setattr(spill, "RESIDENT", 0)
+    spill.release()
+    before = spill._mapped_in()
+    monkeypatch.setattr(spill, "RESIDENT", before + 8 * 2**20)
+    save_onnx(gm, tmp_path / "m.onnx", external_data=True)
+    assert (tmp_path / "m.onnx.data").stat().st_size >= 64 * 2**20
+    assert spill._mapped_in() < before + 24 * 2**20
