@@ -1,5 +1,6 @@
 """What the examples of generation share: a language model out of a GGUF file, prompts for it, and text that is printed as it comes."""
 
+import argparse
 import time
 from importlib.util import find_spec
 
@@ -43,3 +44,12 @@ def write(generator, ids, decode, *, tokens, stop):
         print(decode([int(token[0])]), end="", flush=True)
     print()
     return times[1] - times[0], (len(times) - 2) / max(times[-1] - times[1], 1e-9)
+
+
+def options(description, recipe):
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="a random decoder instead of SmolLM2")
+    parser.add_argument("--recipe", default=recipe)
+    parser.add_argument("--prompt", default="What is the capital of France?")
+    parser.add_argument("--tokens", type=int, default=64, help="at most that many")
+    return parser

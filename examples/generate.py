@@ -4,13 +4,12 @@ python examples/generate.py --recipe w4a8-g32-sym --prompt "Why is the sky blue?
 python examples/generate.py --tiny      # a random decoder of two layers instead, which needs no weights
 """
 
-import argparse
 import tempfile
 import warnings
 from pathlib import Path
 
 import torch
-from _smollm2 import prompted, smollm2, tiny, write
+from _smollm2 import options, prompted, smollm2, tiny, write
 from transformers import DynamicCache, logging
 
 import qgraph
@@ -34,11 +33,7 @@ def main(args, folder):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="a random decoder instead of SmolLM2")
-    parser.add_argument("--recipe", default="w4a16-g32")
-    parser.add_argument("--prompt", default="What is the capital of France?")
-    parser.add_argument("--tokens", type=int, default=64, help="at most that many")
+    parser = options(__doc__, "w4a16-g32")
     parser.add_argument("--threads", type=int)
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")

@@ -4,11 +4,10 @@ python examples/generate_cuda.py --prompt "Why is the sky blue?"
 QGRAPH_CUDA=emulate python examples/generate_cuda.py --tiny     # the kernels on the CPU, slowly
 """
 
-import argparse
 import warnings
 
 import torch
-from _smollm2 import prompted, smollm2, tiny, write
+from _smollm2 import options, prompted, smollm2, tiny, write
 from transformers import DynamicCache, logging
 
 import qgraph
@@ -32,11 +31,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="a random decoder instead of SmolLM2")
-    parser.add_argument("--recipe", default="w4a16kv8-g128")
-    parser.add_argument("--prompt", default="What is the capital of France?")
-    parser.add_argument("--tokens", type=int, default=64, help="at most that many")
+    parser = options(__doc__, "w4a16kv8-g128")
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     try:

@@ -22,7 +22,7 @@ from qgraph.pipeline import LOSSY, Context, Contract, Pass
 from qgraph.rewriter import Decline, Rewriter
 from qgraph.text import path_of
 from qgraph.types import PerToken, QSpec
-from qgraph.views import Attention, Dequantize, DynamicQuantize, view
+from qgraph.views import Attention, Dequantize, DynamicQuantize, key, table, view
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,9 @@ class KvQuant(Pass):
                 if refusal := self.accepts(found, "kv_cache", self.spec):
                     raise RecipeError(f"the key/value cache of {path_of(node)} cannot have {self.bits} bits: {refusal}")
                 count += self._quantize(part, state(gm).ledger, ctx, node, found, chain)
+            for node in [n for n in part.graph.nodes if key(n.target) in table(Attention) and view(Attention, n) is None]:
+                seen += 1
+                self._refuse(state(gm).ledger, ctx, node, "this form of attention is not understood")
             part.graph.lint()
             part.recompile()
         if not seen:
@@ -60,10 +63,7 @@ class KvQuant(Pass):
     def _quantize(self, part: GraphModule, ledger: Ledger, ctx: Context, node: Node, found: Attention, chain: Found | None) -> int:
         perm = None if chain is None else chain.k_perm
         if perm is not None and perm[-1] != len(perm) - 1:
-            reason = f"its keys have the channels of a head on axis {perm[-1]}"
-            ctx.declines.append(Decline(self.name, node.name, path_of(node), reason))
-            for role in ("k", "v"):
-                ledger.record(Entry(path_of(node), "Attention", role, FLOAT, self.name, reason))
+            self._refuse(ledger, ctx, node, f"its keys have the channels of a head on axis {perm[-1]}")
             return 0
         readers = (node,) if chain is None else chain.nodes
         rows = {role: rows_of(kv, next(u for u in kv.users if u in readers)) for role, kv in (("k", found.k), ("v", found.v))}
@@ -73,6 +73,11 @@ class KvQuant(Pass):
             reason = "each token and head by itself" if r.past is None else "each new token and head by itself, before it joins the cache"
             ledger.record(Entry(path_of(node), "Attention", role, str(self.spec), self.name, reason))
         return len(todo)
+
+    def _refuse(self, ledger: Ledger, ctx: Context, node: Node, reason: str) -> None:
+        ctx.declines.append(Decline(self.name, node.name, path_of(node), reason))
+        for role in ("k", "v"):
+            ledger.record(Entry(path_of(node), "Attention", role, FLOAT, self.name, reason))
 
     def _insert(self, gm: GraphModule, rows: Rows) -> None:
         spec, rw = self.spec, Rewriter(gm, rows.reader, by=self.name)

@@ -40,8 +40,8 @@ class CudaGenerator(TextGenerator):
         starts = _starts(mask)
         if starts.any() and not self.kept.known.masks:
             raise LoweringError("shorter rows are padded on the left, and the model takes no mask that could say where")
-        caches = self._allocate(batch)
-        return lambda ids, mask: self._step(ids, mask, torch.from_numpy(starts).to(self.program.device), caches)
+        caches, first = self._allocate(batch), torch.from_numpy(starts).to(self.program.device)
+        return lambda ids, mask: self._step(ids, mask, first, caches)
 
     def _allocate(self, batch: int) -> list[QuantizedCache]:
         found: list[QuantizedCache] = []
@@ -59,9 +59,9 @@ class CudaGenerator(TextGenerator):
         feeds = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in named_feeds(known, ids, mask).items()}
         feeds |= {i.name: stand_in(i, len(ids), past, self.program.device) for i in known.cache}
         values = [feeds[name] for name in self.kept.names]
-        first, *_ = self.program(*values, caches[0].lengths, starts, *(t for c in caches for t in (c.codes, c.params)))
+        found = self.program(*values, caches[0].lengths, starts, *(t for c in caches for t in (c.codes, c.params)))
         advance(caches, ids.shape[1])
-        logits: np.ndarray = first[:, -1].to(torch.float32).cpu().numpy()
+        logits: np.ndarray = next(value for value in found if value.dim() == 3)[:, -1].to(torch.float32).cpu().numpy()
         return logits
 
 

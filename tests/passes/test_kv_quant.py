@@ -94,6 +94,18 @@ def test_keys_that_are_stored_transposed_stay_with_a_reason():
     assert [(e.role, e.decision, e.reason) for e in gm.meta["qgraph"].ledger] == [(r, "float", ctx.declines[0].reason) for r in ("k", "v")]
 
 
+def test_a_form_of_attention_that_is_not_understood_stays_with_a_reason():
+    class Dropping(nn.Module):
+        def forward(self, q, k, v):
+            return scaled_dot_product_attention(q, k, v, dropout_p=0.5)
+
+    gm, _ = from_torch(Dropping(), K, K, V)
+    ctx = Context()
+    assert KvQuant().run(gm, ctx) == 0
+    assert [d.reason for d in ctx.declines] == ["this form of attention is not understood"]
+    assert {(e.role, e.decision) for e in gm.meta["qgraph"].ledger} == {("k", "float"), ("v", "float")}
+
+
 def test_a_recipe_names_the_cache_and_backends_that_cannot_store_it_refuse():
     class Net(nn.Module):
         def __init__(self):

@@ -8,7 +8,6 @@ import torch
 import qgraph
 from qgraph.decoder import Decoder
 
-transformers = pytest.importorskip("transformers")
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -20,6 +19,7 @@ SIZES = {
 
 
 def llama(**options):
+    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(vocab_size=97, max_position_embeddings=128, initializer_range=0.2, **SIZES | options)
     return Decoder(transformers.LlamaForCausalLM(config).eval(), cache=transformers.DynamicCache)
